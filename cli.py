@@ -1,0 +1,55 @@
+"""The owner's command ``docker-mirror``: a client of the mirror, no part of the application."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import fields
+
+import click
+
+from mirror import __version__
+from settings import Config
+from settings import ConfigError
+from settings import load_registries
+from settings import variable
+
+
+@click.group()
+@click.version_option(__version__, prog_name="docker-mirror")
+def main() -> None:
+    """Look after a docker-mirror."""
+
+
+@main.command()
+@click.option("--markdown", is_flag=True, help="Print the table of README: each setting and its default.")
+def settings(markdown: bool) -> None:
+    """Print all settings as they are in force here, and check them and the registries file."""
+    if markdown:
+        click.echo("\n".join(settings_table()))
+        return
+    try:
+        config = Config.from_environ(os.environ)
+        registries = load_registries(config.registries)
+    except ConfigError as error:
+        raise click.ClickException(str(error)) from None
+    for item in fields(Config):
+        click.echo(f"{variable(item.name)}={shown(getattr(config, item.name))}")
+    for registry in registries.values():
+        click.echo(f"# {registry.name}: {' '.join(registry.endpoints)}")
+
+
+def settings_table() -> Iterator[str]:
+    """Yield the lines of README's table of settings."""
+    yield "| variable | default | meaning |"
+    yield "|---|---|---|"
+    for item in fields(Config):
+        default = shown(item.default)
+        yield f"| `{variable(item.name)}` | {f'`{default}`' if default else 'unset'} | {item.metadata['help']} |"
+
+
+def shown(value: object) -> str:
+    """Return a value as its variable would be written: empty for unset, on and off for a switch."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return "" if value is None else str(value)
