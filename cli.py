@@ -30,11 +30,11 @@ def settings(markdown: bool) -> None:
         return
     try:
         config = Config.from_environ(os.environ)
-        registries = load_registries(config.registries)
+        registries = load_registries(config)
     except ConfigError as error:
         raise click.ClickException(str(error)) from None
     for item in fields(Config):
-        click.echo(f"{variable(item.name)}={shown(getattr(config, item.name))}")
+        click.echo(f"{variable(item)}={shown(getattr(config, item.name))}")
     for registry in registries.values():
         click.echo(f"# {registry.name}: {' '.join(registry.endpoints)}")
 
@@ -45,7 +45,7 @@ def settings_table() -> Iterator[str]:
     yield "|---|---|---|"
     for item in fields(Config):
         default = shown(item.default)
-        yield f"| `{variable(item.name)}` | {f'`{default}`' if default else 'unset'} | {item.metadata['help']} |"
+        yield f"| `{variable(item)}` | {f'`{default}`' if default else 'unset'} | {item.metadata['help']} |"
 
 
 def shown(value: object) -> str:

@@ -10,10 +10,13 @@ import re
 import ssl
 import tomllib
 from collections.abc import Callable
+from collections.abc import Collection
 from collections.abc import Mapping
+from dataclasses import Field
 from dataclasses import dataclass
 from dataclasses import field
 from dataclasses import fields
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -57,25 +60,49 @@ def parse_url(text: str) -> str:
     if parts.scheme not in ("http", "https") or not parts.hostname or re.search(r"[^\x21-\x7e]", text):
         raise ValueError(f"{text!r} is not a URL such as https://mirror.example")
     if parts.username is not None or parts.query or parts.fragment:
-        raise ValueError(f"{text!r} has a user name, a query or a fragment: leave them out")
+        raise ValueError("the URL has a user name, a query or a fragment: leave them out")
     parts.port  # noqa: B018 - raises ValueError for a port out of range
     return text.rstrip("/")
 
 
-def setting(default: Any, parse: Callable[[str], Any], text: str) -> Any:
-    """Declare one setting: its default, the parser of its text, and the help that README's table shows."""
-    return field(default=default, metadata={"parse": parse, "help": text})
+def parse_address(text: str) -> str:
+    """Return a URL without a path; raise ValueError where it is none."""
+    url = parse_url(text)
+    if urlsplit(url).path:
+        raise ValueError("the URL has a path: the mirror serves the root of its host")
+    return url
+
+
+def parse_proxy(text: str) -> str:
+    """Return a proxy's URL, which may hold a user and a password; raise ValueError where it is not one."""
+    parts = urlsplit(text)
+    if parts.scheme not in PROXY_SCHEMES or not parts.hostname or re.search(r"[^\x21-\x7e]", text):
+        raise ValueError(f"must be a URL such as socks5h://127.0.0.1:1080; schemes: {', '.join(PROXY_SCHEMES)}")
+    parts.port  # noqa: B018 - raises ValueError for a port out of range
+    return text
+
+
+PROXY_SCHEMES = ("http", "https", "socks5", "socks5h")
+
+
+def setting(default: Any, parse: Callable[[str], Any], text: str, variable: str | None = None) -> Any:
+    """Declare one setting: its default, the parser of its text, and the help that README's table shows.
+
+    `variable` is set for those that other programs read too; all others are named after their field.
+    """
+    return field(default=default, metadata={"parse": parse, "help": text, "variable": variable})
 
 
 seconds = parse_number(0.1, 3600, float)
+switch = parse_choice(on=True, off=False)
 
 
 @dataclass(frozen=True)
 class Config:
-    """Hold all settings, each read from the environment variable ``MIRROR_`` + the field's name."""
+    """Hold all settings, read from environment variables: ``MIRROR_`` + the field's name, or a well-known one."""
 
     public_url: str | None = setting(
-        None, parse_url, "Address at which clients reach the mirror. Unset: the Host and scheme of each request."
+        None, parse_address, "Address at which clients reach the mirror. Unset: the Host and scheme of each request."
     )
     proxies: int = setting(
         1,
@@ -85,18 +112,32 @@ class Config:
     )
     login: bool = setting(
         True,
-        parse_choice(on=True, off=False),
+        switch,
         "on: a client may log in, and its credentials go on to the registry. "
         "off: no challenge is ever sent, and no password comes here.",
     )
-    registries: str | None = setting(None, str, "TOML file that says where the registries are.")
+    registries: str | None = setting(None, str, "TOML file that adds, changes and switches off registries.")
+    default: str = setting("docker.io", str, "Registry of names that name none, such as `nginx`.")
     connect_timeout: float = setting(5, seconds, "Seconds until a connection to upstream must stand.")
     first_byte_timeout: float = setting(20, seconds, "Seconds until upstream must begin to answer.")
     idle_timeout: float = setting(60, seconds, "Seconds that upstream may be silent within an answer.")
+    ipv4_only: bool = setting(False, switch, "on: upstream is never reached by IPv6, for hosts where that is broken.")
     log_level: str = setting(
         "info",
         parse_choice(debug="debug", info="info", warning="warning", error="error"),
         "debug, info, warning or error; the access lines are info.",
+    )
+    https_proxy: str | None = setting(
+        None, parse_proxy, "Outbound proxy for https: http, https, socks5 or socks5h.", "HTTPS_PROXY"
+    )
+    all_proxy: str | None = setting(
+        None, parse_proxy, "Outbound proxy where HTTPS_PROXY is not set or not meant.", "ALL_PROXY"
+    )
+    no_proxy: str = setting(
+        "", str, "Hosts, domains and networks that are reached without a proxy, with commas between.", "NO_PROXY"
+    )
+    credentials: str | None = setting(
+        None, str, "Folder of each `password_file` with a relative path; systemd sets it.", "CREDENTIALS_DIRECTORY"
     )
 
     @classmethod
@@ -105,25 +146,27 @@ class Config:
 
         Raises ConfigError for an unknown ``MIRROR_`` variable or a value that cannot be read.
         """
-        known = {variable(f.name): f for f in fields(cls)}
+        known = {variable(f): f for f in fields(cls)}
         values = {}
-        for name, text in sorted(environ.items()):
-            if not name.startswith(PREFIX):
-                continue
-            if name not in known:
+        for name in environ:
+            if name.startswith(PREFIX) and name not in known:
                 raise ConfigError(f"{name} is no setting{did_you_mean(name, known)}")
-            if text.strip():
-                values[known[name].name] = _parse(name, known[name].metadata["parse"], text.strip())
+        for name, item in known.items():
+            text = environ.get(name, "").strip()
+            if not name.startswith(PREFIX):  # as curl and requests do, for both spellings are in use
+                text = environ.get(name.lower(), "").strip() or text
+            if text:
+                values[item.name] = _parse(name, item.metadata["parse"], text)
         return cls(**values)
 
 
-def variable(name: str) -> str:
+def variable(item: Field[Any]) -> str:
     """Return the environment variable of a field of `Config`."""
-    return PREFIX + name.upper()
+    return item.metadata["variable"] or PREFIX + item.name.upper()
 
 
-def did_you_mean(word: str, known: Mapping[str, object]) -> str:
-    """Return the end of a sentence about an unknown word: the nearest known ones, or all of them."""
+def did_you_mean(word: str, known: Collection[str]) -> str:
+    """Return the end of a sentence about an unknown word: the nearest known one, or all of them."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.8)
     return f"; did you mean {close[0]}?" if close else f"; there are: {', '.join(known)}"
 
@@ -137,71 +180,197 @@ def _parse(name: str, parse: Callable[[str], Any], text: str) -> Any:
 
 @dataclass(frozen=True)
 class Registry:
-    """Say where one registry is. The fields but `name` are the keys of its table in the registries file."""
+    """Say where one registry is, how it is named here, and as whom it is asked.
+
+    `endpoints` are base URLs, tried in order. `alias` is the first label of a Host that means this registry, `hosts`
+    are whole ones. `realms` are token services that are trusted besides those on an endpoint's site. `username` and
+    `password` are the mirror's own account. `images` are globs over repositories; empty: all. `search` is the base
+    URL of an index for ``docker search``.
+    """
 
     name: str
     endpoints: tuple[str, ...]
+    alias: str | None = None
+    hosts: tuple[str, ...] = ()
     realms: tuple[str, ...] = ()
+    username: str | None = None
+    password: str | None = field(default=None, repr=False)
+    images: tuple[str, ...] = ()
+    proxy: str | None = None
     ca_file: str | None = None
+    search: str | None = None
 
 
-DOCKER_IO = Registry("docker.io", ("https://registry-1.docker.io",))
+DOCKER_IO = "docker.io"
+BUILT_IN = (
+    Registry(DOCKER_IO, ("https://registry-1.docker.io",), "docker", search="https://index.docker.io"),
+    Registry("ghcr.io", ("https://ghcr.io",), "ghcr"),
+    Registry("quay.io", ("https://quay.io",), "quay"),
+    Registry("gcr.io", ("https://gcr.io",), "gcr"),
+    Registry("registry.k8s.io", ("https://registry.k8s.io",), "k8s"),
+    Registry("k8s.gcr.io", ("https://registry.k8s.io",), "k8s-gcr"),  # frozen since 2023, an alias
+    Registry("mcr.microsoft.com", ("https://mcr.microsoft.com",), "mcr"),
+    Registry("nvcr.io", ("https://nvcr.io",), "nvcr"),
+    Registry("docker.elastic.co", ("https://docker.elastic.co",), "elastic"),
+    Registry("public.ecr.aws", ("https://public.ecr.aws",), "ecr"),
+    Registry("lscr.io", ("https://ghcr.io",), "lscr"),  # lscr.io only counts, and redirects to ghcr.io
+    Registry("docker.cloudsmith.io", ("https://docker.cloudsmith.io",), "cloudsmith"),
+    Registry("registry.gitlab.com", ("https://registry.gitlab.com",), "gitlab"),
+)
 
 
-def load_registries(path: str | None) -> dict[str, Registry]:
-    """Return the registries by name: the built-in ones, changed by the TOML file `path`.
+def load_registries(config: Config) -> dict[str, Registry]:
+    """Return the registries by name: the built-in ones, changed by the file that the settings name.
 
     Raises ConfigError that names the file, the table and the key.
     """
-    registries = {DOCKER_IO.name: DOCKER_IO}
-    if path is None:
-        return registries
-    try:
-        tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{variable('registries')}: {path}: {error}") from None
-    for name, table in tables.items():
-        if name not in registries:
-            raise ConfigError(
-                f'{path}: ["{name}"] is no registry that this version serves{did_you_mean(name, registries)}'
-            )
+    registries = {registry.name: registry for registry in BUILT_IN}
+    for name, table in _read_file(config.registries).items():
+        where = f'{config.registries}: ["{name}"]'
         if not isinstance(table, dict):
-            raise ConfigError(f'{path}: {name} must be a table: write ["{name}"] on a line of its own')
-        registries[name] = _read_table(f'{path}: ["{name}"]', registries[name], table)
+            raise ConfigError(f'{where} must be a table: write ["{name}"] on a line of its own')
+        values = _read_table(where, table, config.credentials)
+        if not values.pop("enabled", True):
+            registries.pop(name, None)
+            continue
+        registries[name] = _changed(where, registries.get(name) or _new(where, name), values)
+    _refuse_two_meanings(config.registries, registries)
+    if config.default not in registries:
+        raise ConfigError(f"{PREFIX}DEFAULT: {config.default} is no registry{did_you_mean(config.default, registries)}")
     return registries
 
 
-def _read_table(where: str, registry: Registry, table: dict[str, Any]) -> Registry:
-    readers: dict[str, Callable[[Any], Any]] = {"endpoints": _read_endpoints, "realms": _read_urls, "ca_file": _read_ca}
+def _read_file(path: str | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{PREFIX}REGISTRIES: {path}: {error}") from None
+
+
+def _read_table(where: str, table: dict[str, Any], credentials: str | None) -> dict[str, Any]:
     values = {}
     for key, value in table.items():
-        if key not in readers:
-            raise ConfigError(f"{where} {key} is no key{did_you_mean(key, readers)}")
+        if key not in READERS:
+            raise ConfigError(f"{where} {key} is no key{did_you_mean(key, READERS)}")
         try:
-            values[key] = readers[key](value)
+            values[key] = READERS[key](value)
+            if key == "password_file":
+                values[key] = _read_password(values[key], credentials)
         except ValueError as error:
             raise ConfigError(f"{where} {key}: {error}") from None
-    return Registry(**{**registry.__dict__, **values})
+    return values
+
+
+def _new(where: str, name: str) -> Registry:
+    if not re.fullmatch(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?(:[0-9]{1,5})?", name):
+        raise ConfigError(f"{where} is no host name, which a registry is named after")
+    return Registry(name, ())
+
+
+def _changed(where: str, registry: Registry, values: dict[str, Any]) -> Registry:
+    """Return a registry with the values of its table in place of its own."""
+    if "password" in values and "password_file" in values:
+        raise ConfigError(f"{where} has both password and password_file: leave one out")
+    if "password_file" in values:
+        values["password"] = values.pop("password_file")
+    changed = replace(registry, **values)
+    if not changed.endpoints:
+        raise ConfigError(f'{where} endpoints is missing, such as ["https://{registry.name}"]')
+    if (changed.username is None) != (changed.password is None):
+        missing = "username" if changed.username is None else "password or password_file"
+        raise ConfigError(f"{where} {missing} is missing: an account has both")
+    return changed
+
+
+def _refuse_two_meanings(path: str | None, registries: Mapping[str, Registry]) -> None:
+    meanings: dict[str, str] = {}
+    for name, registry in registries.items():
+        for host in (*registry.hosts, *([registry.alias] if registry.alias else [])):
+            other = meanings.setdefault(host, name)
+            if other != name:
+                raise ConfigError(f'{path}: ["{name}"] {host} means ["{other}"] already')
+
+
+def _read_text(value: Any) -> str:
+    if not isinstance(value, str) or not value or not value.isprintable():
+        raise ValueError("must be a text, and not empty")
+    return value
+
+
+def _read_list(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
+        raise ValueError('must be a list of texts, such as ["a", "b"]')
+    return tuple(value)
 
 
 def _read_urls(value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise ValueError('must be a list of URLs, such as ["https://registry.example"]')
-    return tuple(parse_url(item) for item in value)
+    return tuple(parse_url(item) for item in _read_list(value))
 
 
 def _read_endpoints(value: Any) -> tuple[str, ...]:
     urls = _read_urls(value)
-    if len(urls) != 1:
-        raise ValueError("must hold one URL: this version has no fallback endpoints")
+    if not urls or len(set(urls)) < len(urls):
+        raise ValueError("must hold at least one URL, and none twice")
     return urls
 
 
-def _read_ca(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError("must be the path of a PEM file")
-    try:
-        ssl.create_default_context(cafile=value)
-    except OSError as error:  # ssl.SSLError is one
-        raise ValueError(f"{value}: {error.strerror or error}") from None
+def _read_hosts(value: Any) -> tuple[str, ...]:
+    hosts = tuple(host.lower() for host in _read_list(value))
+    if any(re.search(r"[/@\s]", host) for host in hosts):
+        raise ValueError('must hold host names, such as "hub.example.com"')
+    return hosts
+
+
+def _read_alias(value: Any) -> str:
+    if not re.fullmatch(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?", _read_text(value)):
+        raise ValueError(f"{value!r} is no label of a host name: lowercase letters, digits and - between them")
+    return str(value)
+
+
+def _read_switch(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("must be true or false")
     return value
+
+
+def _read_proxy(value: Any) -> str:
+    return value if value == DIRECT else parse_proxy(_read_text(value))
+
+
+def _read_password(file: str, credentials: str | None) -> str:
+    """Return the first line of a password file; raise ValueError where there is none."""
+    try:
+        lines = (Path(credentials or "") / file).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: {getattr(error, 'strerror', None) or 'is no text'}") from None
+    if not lines or not lines[0]:
+        raise ValueError(f"{file} is empty")
+    return lines[0]
+
+
+def _read_ca(value: Any) -> str:
+    path = _read_text(value)
+    try:
+        ssl.create_default_context(cafile=path)
+    except OSError as error:  # ssl.SSLError is one
+        raise ValueError(f"{path}: {error.strerror or error}") from None
+    return path
+
+
+DIRECT = "direct"  # as a registry's proxy: none, whatever the environment says
+READERS: Mapping[str, Callable[[Any], Any]] = {
+    "endpoints": _read_endpoints,
+    "alias": _read_alias,
+    "hosts": _read_hosts,
+    "realms": _read_urls,
+    "username": _read_text,
+    "password": _read_text,
+    "password_file": _read_text,
+    "images": _read_list,
+    "proxy": _read_proxy,
+    "ca_file": _read_ca,
+    "search": lambda value: parse_url(_read_text(value)),
+    "enabled": _read_switch,
+}

@@ -36,9 +36,36 @@ def test_each_setting_is_read() -> None:
         "MIRROR_FIRST_BYTE_TIMEOUT": "2",
         "MIRROR_IDLE_TIMEOUT": "3",
         "MIRROR_LOG_LEVEL": "Warning",
+        "MIRROR_DEFAULT": "ghcr.io",
+        "MIRROR_IPV4_ONLY": "on",
+        "HTTPS_PROXY": "http://proxy.example:3128",
+        "ALL_PROXY": "socks5h://user:password@127.0.0.1:1080",
+        "NO_PROXY": "localhost,10.0.0.0/8",
+        "CREDENTIALS_DIRECTORY": "/run/credentials/x",
     }
-    expected = Config("https://mirror.example", 2, False, "/etc/registries.toml", 1.5, 2, 3, "warning")
+    expected = Config(
+        public_url="https://mirror.example",
+        proxies=2,
+        login=False,
+        registries="/etc/registries.toml",
+        default="ghcr.io",
+        connect_timeout=1.5,
+        first_byte_timeout=2,
+        idle_timeout=3,
+        ipv4_only=True,
+        log_level="warning",
+        https_proxy="http://proxy.example:3128",
+        all_proxy="socks5h://user:password@127.0.0.1:1080",
+        no_proxy="localhost,10.0.0.0/8",
+        credentials="/run/credentials/x",
+    )
     assert Config.from_environ(environ) == expected
+
+
+def test_a_proxy_in_lower_case_goes_before_one_in_capitals() -> None:
+    environ = {"HTTPS_PROXY": "http://a", "https_proxy": "http://b", "ALL_PROXY": "http://c", "all_proxy": ""}
+    config = Config.from_environ(environ)
+    assert (config.https_proxy, config.all_proxy) == ("http://b", "http://c")
 
 
 @pytest.mark.parametrize(
@@ -53,9 +80,13 @@ def test_each_setting_is_read() -> None:
         ("MIRROR_IDLE_TIMEOUT", "0", "0 is not between"),
         ("MIRROR_IDLE_TIMEOUT", "1m", "'1m' is not a number"),
         ("MIRROR_LOG_LEVEL", "loud", "not one of: debug, info, warning, error"),
+        ("HTTPS_PROXY", "proxy.example:3128", "must be a URL such as socks5h://127.0.0.1:1080"),
+        ("ALL_PROXY", "ftp://proxy.example", "schemes: http, https, socks5, socks5h"),
+        ("ALL_PROXY", "http://proxy.example:99999", "ort"),
         ("MIRROR_PUBLIC_URL", "mirror.example", "is not a URL such as https://mirror.example"),
         ("MIRROR_PUBLIC_URL", "https://a:b@mirror.example", "leave them out"),
         ("MIRROR_PUBLIC_URL", "https://mirror.example/?x=1", "leave them out"),
+        ("MIRROR_PUBLIC_URL", "https://mirror.example/sub", "has a path"),
         ("MIRROR_PUBLIC_URL", "https://mirror.example:99999", "ort"),
         ("MIRROR_PUBLIC_URL", "https://[::1", "IPv6"),
         ("MIRROR_PUBLIC_URL", "https://mirror example", "is not a URL"),
@@ -69,46 +100,132 @@ def test_a_wrong_setting_is_told_with_its_name(name: str, value: str, told: str)
     assert "\n" not in str(raised.value)
 
 
-def test_a_registry_is_read_from_its_file(tmp_path: Path) -> None:
-    trustme.CA().cert_pem.write_to_path(tmp_path / "ca.pem")
+def test_a_wrong_address_with_a_password_is_not_shown() -> None:
+    with pytest.raises(ConfigError) as raised:
+        Config.from_environ({"MIRROR_PUBLIC_URL": "https://alice:wonderland@mirror.example"})
+    assert "wonderland" not in str(raised.value)
+    with pytest.raises(ConfigError) as raised:
+        Config.from_environ({"ALL_PROXY": "sox://alice:wonderland@proxy.example"})
+    assert "wonderland" not in str(raised.value)
+
+
+def load(tmp_path: Path, text: str, **settings: str) -> dict[str, Registry]:
     file = tmp_path / "registries.toml"
-    file.write_text(
-        f'["docker.io"]\nendpoints = ["https://127.0.0.2:5000/"]\nrealms = ["https://127.0.0.3"]\n'
-        f'ca_file = "{tmp_path}/ca.pem"\n'
+    file.write_text(text)
+    return load_registries(Config(registries=str(file), **settings))  # type: ignore[arg-type]
+
+
+def test_a_registry_is_changed_by_its_table(tmp_path: Path) -> None:
+    trustme.CA().cert_pem.write_to_path(tmp_path / "ca.pem")
+    (tmp_path / "password").write_text("wonderland\nand more\n")
+    text = f"""
+        ["docker.io"]
+        endpoints = ["https://127.0.0.2:5000/", "https://fallback.example/prefix"]
+        alias = "hub"
+        hosts = ["Hub.example.com", "hub.example.com:8443"]
+        realms = ["https://127.0.0.3"]
+        username = "alice"
+        password_file = "{tmp_path}/password"
+        images = ["library/*", "alice/app"]
+        proxy = "socks5h://127.0.0.1:1080"
+        ca_file = "{tmp_path}/ca.pem"
+        search = "https://index.example"
+    """
+    assert load(tmp_path, text)["docker.io"] == Registry(
+        "docker.io",
+        ("https://127.0.0.2:5000", "https://fallback.example/prefix"),
+        "hub",
+        ("hub.example.com", "hub.example.com:8443"),
+        ("https://127.0.0.3",),
+        "alice",
+        "wonderland",
+        ("library/*", "alice/app"),
+        "socks5h://127.0.0.1:1080",
+        f"{tmp_path}/ca.pem",
+        "https://index.example",
     )
-    expected = Registry("docker.io", ("https://127.0.0.2:5000",), ("https://127.0.0.3",), f"{tmp_path}/ca.pem")
-    assert load_registries(str(file)) == {"docker.io": expected}
 
 
-def test_without_a_file_docker_hub_is_served() -> None:
-    assert load_registries(None)["docker.io"].endpoints == ("https://registry-1.docker.io",)
+def test_what_a_table_does_not_name_stays(tmp_path: Path) -> None:
+    changed = load(tmp_path, '["docker.io"]\nendpoints = ["https://a.example"]')["docker.io"]
+    assert (changed.alias, changed.search) == ("docker", "https://index.docker.io")
+
+
+def test_a_registry_is_added_and_another_switched_off(tmp_path: Path) -> None:
+    text = '["new.example"]\nendpoints = ["https://new.example"]\nalias = "new"\n["quay.io"]\nenabled = false'
+    registries = load(tmp_path, text)
+    assert registries["new.example"].alias == "new"
+    assert "quay.io" not in registries
+    assert "ghcr.io" in registries
+
+
+def test_a_registry_switched_off_and_on_is_on(tmp_path: Path) -> None:
+    assert "quay.io" in load(tmp_path, '["quay.io"]\nenabled = true')
+
+
+def test_a_relative_password_file_is_one_of_systemds_credentials(tmp_path: Path) -> None:
+    (tmp_path / "hub").write_text("wonderland")
+    text = '["docker.io"]\nusername = "a"\npassword_file = "hub"'
+    assert load(tmp_path, text, credentials=str(tmp_path))["docker.io"].password == "wonderland"
+
+
+def test_a_password_is_in_no_representation(tmp_path: Path) -> None:
+    text = '["docker.io"]\nusername = "a"\npassword = "wonderland"'
+    assert "wonderland" not in repr(load(tmp_path, text))
+
+
+def test_without_a_file_the_well_known_registries_are_served() -> None:
+    registries = load_registries(Config())
+    assert registries["docker.io"].endpoints == ("https://registry-1.docker.io",)
+    assert {registry.alias for registry in registries.values()} == {
+        *("docker", "ghcr", "quay", "gcr", "k8s", "k8s-gcr", "mcr"),
+        *("nvcr", "elastic", "ecr", "lscr", "cloudsmith", "gitlab"),
+    }
 
 
 @pytest.mark.parametrize(
     ("text", "told"),
     [
         ('["docker.io"]\nendpoint = ["https://a"]', '["docker.io"] endpoint is no key; did you mean endpoints?'),
-        ('["docker.io"]\nrubbish = 1', "rubbish is no key; there are: endpoints, realms, ca_file"),
-        ('["docker.io"]\nendpoints = "https://a"', "endpoints: must be a list of URLs"),
-        ('["docker.io"]\nendpoints = [1]', "endpoints: must be a list of URLs"),
-        ('["docker.io"]\nendpoints = []', "endpoints: must hold one URL"),
-        ('["docker.io"]\nendpoints = ["https://a", "https://b"]', "endpoints: must hold one URL"),
+        ('["docker.io"]\nrubbish = 1', "rubbish is no key; there are: endpoints, alias"),
+        ('["docker.io"]\nendpoints = "https://a"', "endpoints: must be a list of texts"),
+        ('["docker.io"]\nendpoints = [1]', "endpoints: must be a list of texts"),
+        ('["docker.io"]\nendpoints = []', "endpoints: must hold at least one URL"),
+        (
+            '["docker.io"]\nendpoints = ["https://a", "https://a/"]',
+            "endpoints: must hold at least one URL, and none twice",
+        ),
         ('["docker.io"]\nendpoints = ["a"]', "endpoints: 'a' is not a URL"),
         ('["docker.io"]\nrealms = ["ftp://a"]', "realms: 'ftp://a' is not a URL"),
-        ('["docker.io"]\nca_file = 1', "ca_file: must be the path"),
+        ('["docker.io"]\nca_file = 1', "ca_file: must be a text"),
         ('["docker.io"]\nca_file = "/nowhere/ca.pem"', "ca_file: /nowhere/ca.pem: No such file"),
         ('["docker.io"]\nca_file = "{file}"', "ca_file: "),
-        ('["ghcr.io"]\nendpoints = ["https://ghcr.io"]', '["ghcr.io"] is no registry that this version serves'),
-        ('"docker.io" = 1', "docker.io must be a table"),
+        ('["docker.io"]\nhosts = ["https://a"]', "hosts: must hold host names"),
+        ('["docker.io"]\nalias = "a.b"', "alias: 'a.b' is no label"),
+        ('["docker.io"]\nalias = "ghcr"', '["ghcr.io"] ghcr means ["docker.io"] already'),
+        ('["docker.io"]\nusername = "a"', "password or password_file is missing"),
+        ('["docker.io"]\npassword = "a"', "username is missing"),
+        (
+            '["docker.io"]\nusername = "a"\npassword = "b"\npassword_file = "{file}"',
+            "has both password and password_file",
+        ),
+        ('["docker.io"]\nusername = "a"\npassword_file = "/nowhere"', "password_file: /nowhere: No such file"),
+        ('["docker.io"]\nusername = "a"\npassword_file = "/dev/null"', "password_file: /dev/null is empty"),
+        ('["docker.io"]\nproxy = "127.0.0.1:1080"', "proxy: must be a URL such as socks5h"),
+        ('["docker.io"]\nimages = "library/*"', "images: must be a list of texts"),
+        ('["docker.io"]\nsearch = "index"', "search: 'index' is not a URL"),
+        ('["docker.io"]\nenabled = "no"', "enabled: must be true or false"),
+        ('["docker.io"]\nenabled = false', "MIRROR_DEFAULT: docker.io is no registry"),
+        ('["new.example"]\nalias = "new"', '["new.example"] endpoints is missing, such as ["https://new.example"]'),
+        ('["new/example"]\nalias = "new"', '["new/example"] is no host name'),
+        ('"docker.io" = 1', '["docker.io"] must be a table'),
         ("[docker", "registries.toml"),
     ],
 )
 def test_a_wrong_registries_file_is_told_with_file_table_and_key(tmp_path: Path, text: str, told: str) -> None:
-    file = tmp_path / "registries.toml"
-    file.write_text(text.replace("{file}", str(file)))
     with pytest.raises(ConfigError) as raised:
-        load_registries(str(file))
-    assert str(file) in str(raised.value)
+        load(tmp_path, text.replace("{file}", str(tmp_path / "registries.toml")))
+    assert "registries.toml" in str(raised.value) or "MIRROR_DEFAULT" in str(raised.value)
     assert told in str(raised.value)
     assert "\n" not in str(raised.value)
 
@@ -119,14 +236,14 @@ def test_a_file_that_cannot_be_read_is_told_with_its_variable(tmp_path: Path, co
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(ConfigError, match=r"^MIRROR_REGISTRIES: "):
-        load_registries(str(file))
+        load_registries(Config(registries=str(file)))
 
 
 @pytest.mark.parametrize(
     ("name", "value"), [("MIRROR_PROXIES", "x"), ("MIRROR_REGISTRIES", "/nowhere.toml"), ("MIRROR_NOTHING", "1")]
 )
 def test_a_wrong_setting_stops_the_start_with_one_line(name: str, value: str) -> None:
-    command = [sys.executable, "-m", "gunicorn", "-c", "python:wsgi", "-k", "gevent", "-b", "127.0.0.1:0", "wsgi:app"]
+    command = [sys.executable, "-m", "gunicorn", "-c", "python:wsgi", "-b", "127.0.0.1:0", "wsgi:app"]
     ended = subprocess.run(
         command, cwd=ROOT, env=clean_environment({name: value}), capture_output=True, text=True, timeout=30, check=False
     )
@@ -142,7 +259,7 @@ def test_readme_shows_the_settings_as_they_are() -> None:
 
 def test_the_chinese_readme_has_the_same_settings_and_defaults() -> None:
     def cells(lines: list[str]) -> list[list[str]]:
-        return [[cell.strip() for cell in line.split("|")[1:3]] for line in lines if line.startswith("| `MIRROR_")]
+        return [[cell.strip() for cell in line.split("|")[1:3]] for line in lines if line.startswith("| `")]
 
     chinese = (ROOT / "README.zh-CN.md").read_text().replace("未设置", "unset").splitlines()
     assert cells(chinese) == cells(list(cli.settings_table()))
