@@ -1,4 +1,4 @@
-"""The entry of docker-mirror, and gunicorn's configuration: ``gunicorn -c python:wsgi -k gevent wsgi:app``.
+"""The entry of docker-mirror, and gunicorn's configuration: ``gunicorn -c python:wsgi wsgi:app``.
 
 gunicorn reads this module first, in its master process. The order matters: gevent patches before anything is imported
 that opens a socket, the application is made once, its objects are frozen, and the workers are forked from it.
@@ -9,16 +9,21 @@ from gevent import monkey
 
 monkey.patch_all()
 
+import contextlib
 import ctypes
 import gc
 import ipaddress
+import json
 import logging
 import os
+import resource
 import socket
 import sys
 from typing import Any
 
 import gevent
+from gunicorn.http import errors
+from gunicorn.workers.ggevent import GeventWorker
 
 from mirror import create_app
 from settings import Config
@@ -36,11 +41,38 @@ logging.basicConfig(
 )
 logging.getLogger("urllib3").setLevel(logging.ERROR)  # its debug lines hold the queries of signed URLs
 
+# Each client needs two descriptors, and the usual soft limit is 1024.
+resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+
+
+class Worker(GeventWorker):
+    """Serve with gevent, and refuse what is no HTTP as all else is refused: in JSON, and without repeating it."""
+
+    statuses = (
+        (errors.LimitRequestLine, 414, "the path is too long"),
+        (errors.LimitRequestHeaders, 431, "the headers are too large"),
+        (errors.UnsupportedTransferCoding, 501, "the transfer coding is not known"),
+        (errors.ParseException, 400, "this is no valid HTTP request"),
+    )
+
+    def handle_error(self, req: Any, client: socket.socket, addr: Any, exc: BaseException) -> None:
+        """Answer what gunicorn could not parse; a log line of gunicorn's own would hold the query."""
+        found = (entry[1:] for entry in self.statuses if isinstance(exc, entry[0]))
+        status, message = next(found, (500, "the mirror failed; its log says why"))
+        level = logging.ERROR if status == 500 else logging.WARNING
+        self.log.log(level, "%s got %d: %s", (addr or "-")[0], status, type(exc).__name__, exc_info=status == 500)
+        body = json.dumps({"errors": [{"code": "UNSUPPORTED", "message": message, "detail": None}]}).encode()
+        head = f"HTTP/1.1 {status} {message}\r\nConnection: close\r\nContent-Type: application/json\r\n"
+        with contextlib.suppress(OSError):
+            client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+
+
+worker_class = Worker
 preload_app = True
 control_socket_disable = True
 loglevel = _settings.log_level
 accesslog = "-" if _settings.log_level in ("debug", "info") else None
-# client, time, request, status, body bytes, seconds, hosts asked (host>host: it was redirected)
+# client, time, request, status, body bytes, seconds, hosts asked (a>b: a redirected to b; a,b: b was asked after a)
 access_log_format = '%({mirror.client}e)s %(t)s "%(m)s %({mirror.path}e)s" %(s)s %(B)s %(L)s %({mirror.upstream}e)s'
 # X-Forwarded-* is ProxyFix's alone (MIRROR_PROXIES), and nobody sets SCRIPT_NAME by a header.
 forwarded_allow_ips = ""
@@ -81,6 +113,7 @@ def trim_when_idle(worker: Any) -> None:
     while True:
         gevent.sleep(TRIM_EVERY)
         if worker.nr == seen != trimmed:
+            app.extensions["docker-mirror"].close_idle()
             gc.collect()
             malloc_trim(0)
             trimmed = seen

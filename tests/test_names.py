@@ -1,5 +1,6 @@
 """Names, tags and digests: completed, checked before anything goes upstream, and never reflected."""
 
+import json
 from collections.abc import Iterator
 
 import pytest
@@ -32,7 +33,7 @@ def lab(shared_lab: Lab) -> Lab:
         ("owner/group/app", "owner/group/app"),
         ("manifests", "library/manifests"),
         ("owner/manifests/blobs/tags", "owner/manifests/blobs/tags"),
-        ("a.b_c__d---e/1", "a.b_c__d---e/1"),
+        ("ab_c__d---e/1.2", "ab_c__d---e/1.2"),
     ],
 )
 def test_a_short_name_is_completed_and_a_full_one_kept(lab: Lab, asked: str, upstream: str) -> None:
@@ -128,15 +129,38 @@ def test_a_plain_host_header_is_taken(lab: Lab, host: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "request_line",
+    "path", ["//v2/app/manifests/latest", "///v2/", "/v2//app/manifests/latest", "/v2/app//tags/list"]
+)
+def test_a_doubled_slash_goes_no_further(lab: Lab, path: str) -> None:
+    raw = send_raw(lab.mirror, f"GET {path} HTTP/1.1\r\nHost: m\r\nConnection: close\r\n\r\n".encode())
+    assert raw.startswith(b"HTTP/1.1 400")
+    assert lab.upstream.requests == []
+
+
+@pytest.mark.parametrize(
+    ("request_line", "status"),
     [
-        b"GET /v2/" + b"a" * 9000 + b" HTTP/1.1",
-        b"GET  /v2/ HTTP/1.1",
-        b"G\x00T /v2/ HTTP/1.1",
-        b"GET /v2/\x01 HTTP/1.1",
+        (b"GET /v2/" + b"a" * 9000 + b"?password=hunter2 HTTP/1.1", 414),
+        (b"GET  /v2/ HTTP/1.1", 400),
+        (b"G\x00T /v2/?password=hunter2 HTTP/1.1", 400),
+        (b"GET /token?password=hunter2\x01 HTTP/1.1", 400),
+        (b"<SCRIPT> /v2/ HTTP/1.1", 400),
+        (b"GET /v2/ HTTP/9.9", 400),
+        (b"GET /v2/ HTTP/1.1\r\nAuthorization: Basic hunter2\x01", 400),
+        (b"GET /v2/ HTTP/1.1\r\nhunter2 : x", 400),
+        (b"GET /v2/ HTTP/1.1\r\nX: " + b"hunter2" * 3000, 431),
+        (b"GET /v2/ HTTP/1.1\r\nTransfer-Encoding: hunter2", 501),
     ],
 )
-def test_what_is_no_http_is_a_clean_refusal(lab: Lab, request_line: bytes) -> None:
+def test_what_is_no_http_is_refused_in_json_and_repeated_nowhere(lab: Lab, request_line: bytes, status: int) -> None:
+    since = lab.mirror.mark()
     raw = send_raw(lab.mirror, request_line + b"\r\nHost: m\r\nConnection: close\r\n\r\n")
-    assert raw.startswith(b"HTTP/1.1 4")
+    head, _, body = raw.partition(b"\r\n\r\n")
+    assert head.startswith(f"HTTP/1.1 {status} ".encode())
+    assert json.loads(body)["errors"][0]["code"] == "UNSUPPORTED"
+    assert b"hunter2" not in raw
+    assert b"SCRIPT" not in raw
+    log = lab.mirror.log(since)
+    assert f"127.0.0.1 got {status}" in log
+    assert "hunter2" not in log
     assert lab.upstream.requests == []
