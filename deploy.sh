@@ -75,14 +75,12 @@ install_into_venv() {
 run() {
     make_venv
     install_into_venv ""
-    cd "$here"
     # gunicorn listens on every --bind that it is given, so ours must not stand beside another.
-    case " $* " in
-        *" -b"* | *" --bind"*) ;;
+    case " $* ${GUNICORN_CMD_ARGS:-} " in
+        *" -b"* | *" --b"*) ;;
         *) set -- --bind "$bind" "$@" ;;
     esac
-    exec "$venv/bin/gunicorn" --config python:wsgi --worker-class gevent --worker-connections 2000 \
-        --keep-alive 75 --graceful-timeout 300 "$@" wsgi:app
+    exec "$venv/bin/gunicorn" --config python:wsgi --worker-connections 2000 --keep-alive 75 --graceful-timeout 300 "$@" wsgi:app
 }
 
 # As root, bring the real servers and clients; elsewhere the tests that need a missing one skip and say so.
