@@ -3,18 +3,18 @@
 One ``docker pull nginx`` from end to end:
 
 1. The client asks ``GET /v2/``. The mirror answers 401 with a challenge that names the mirror itself
-   (`Views.ping`, `Views.challenge`), built from the one that the registry gave.
+   (`Views.ping`, `Challenge.at`), built from the one that the registry gave.
 2. The client asks ``GET /token``. Without credentials it gets the word ``anonymous`` at once (`Views.token`); with
    credentials the question goes on to the registry's real realm and its answer comes back as it is.
 3. The client asks ``HEAD`` and ``GET /v2/library/nginx/manifests/…``, then the blobs. The names are checked and
-   completed (`resolve`), the endpoint is asked (`Upstream.fetch`): with the mirror's own token for an anonymous client,
-   with the client's own for one that is logged in. Redirects are followed here, never by the client.
+   completed (`Router.resolve`), the endpoints are asked in order (`Upstream.fetch`): with the mirror's own token for an
+   anonymous client, with the client's own for one that is logged in. Redirects are followed here, not by the client.
 4. Status, an allowlist of headers and the bytes go back to the client (`relay`, `Body`).
 
 What always holds:
 
 - No blob is ever held whole, and no byte of a manifest or blob is ever changed.
-- A client's Authorization goes to the registry's endpoint and its realm only: never to a redirect, never to a log.
+- A client's Authorization goes to the registry's first endpoint and its realm only: to no other host, and to no log.
 - The mirror's own tokens never leave it.
 - An answer that broke off upstream breaks off here too: a short body never ends cleanly.
 
@@ -29,6 +29,7 @@ import http.client
 import ipaddress
 import json
 import logging
+import math
 import re
 import socket
 import ssl
@@ -40,8 +41,9 @@ from collections.abc import Mapping
 from contextlib import contextmanager
 from datetime import UTC
 from datetime import datetime
+from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
-from typing import ClassVar
 from typing import NamedTuple
 from typing import cast
 from urllib.parse import quote
@@ -55,19 +57,28 @@ import requests
 import urllib3
 from flask import Flask
 from flask import Response
+from flask import g
 from flask import request
-from gevent.event import AsyncResult
 from greenlet import greenlet
 from requests.adapters import HTTPAdapter
 from requests.structures import CaseInsensitiveDict
+from requests.utils import parse_header_links
+from requests.utils import should_bypass_proxies
+from urllib3.connection import HTTPConnection
+from urllib3.exceptions import ConnectTimeoutError
+from urllib3.exceptions import NameResolutionError
+from urllib3.exceptions import NewConnectionError
+from urllib3.poolmanager import PoolManager
 from werkzeug.datastructures import Authorization
 from werkzeug.datastructures import Headers
 from werkzeug.datastructures import WWWAuthenticate
 from werkzeug.exceptions import HTTPException
+from werkzeug.http import parse_date
 from werkzeug.http import parse_options_header
 from werkzeug.http import quote_header_value
 from werkzeug.middleware.proxy_fix import ProxyFix
 
+from settings import DIRECT
 from settings import DOCKER_IO
 from settings import Config
 from settings import Registry
@@ -89,8 +100,8 @@ class MirrorError(Exception):
     place of our own. Source: OCI distribution spec, "Error Codes".
     """
 
-    status: ClassVar[int] = 500
-    code: ClassVar[str] = "UNKNOWN"
+    status: int = 500
+    code: str = "UNKNOWN"
 
     def __init__(
         self,
@@ -129,6 +140,28 @@ class BadRequest(MirrorError):
 
     status = 400
     code = "UNSUPPORTED"
+
+
+class Refused(MirrorError):
+    """Pass a refusal of upstream on that has no row of its own, with its status.
+
+    405 to HEAD makes containerd try GET, and 408 makes it try again.
+    """
+
+    code = "UNSUPPORTED"
+
+    def __init__(
+        self, status: int, message: str, headers: Mapping[str, str], errors: list[dict[str, Any]] | None
+    ) -> None:
+        super().__init__(message, headers, errors)
+        self.status = status
+
+
+class ClientLeft(MirrorError):
+    """Stand in the access line of a client that went away before it got an answer; the status is nginx's."""
+
+    status = 499
+    code = "CANCELLED"
 
 
 class Unauthorized(MirrorError):
@@ -196,6 +229,13 @@ class BadGateway(MirrorError):
     code = "UNAVAILABLE"
 
 
+class Cooling(MirrorError):
+    """Say that upstream is left alone for a while, because it failed; Retry-After tells for how long."""
+
+    status = 503
+    code = "UNAVAILABLE"
+
+
 class GatewayTimeout(MirrorError):
     """Say that upstream did not answer in time."""
 
@@ -203,7 +243,14 @@ class GatewayTimeout(MirrorError):
     code = "UNAVAILABLE"
 
 
-UPSTREAM_FAILURES = (requests.RequestException, urllib3.exceptions.HTTPError, http.client.HTTPException, OSError)
+# UnicodeError: a host name that cannot be looked up, such as one with a label of 70 letters.
+UPSTREAM_FAILURES = (
+    requests.RequestException,
+    urllib3.exceptions.HTTPError,
+    http.client.HTTPException,
+    OSError,
+    UnicodeError,
+)
 
 
 @contextmanager
@@ -212,22 +259,24 @@ def upstream_errors(host: str) -> Iterator[None]:
     try:
         yield
     except UPSTREAM_FAILURES as error:
-        reason = root_cause(error)
-        log.warning("%s: %s", host, reason)
         if isinstance(error, (requests.Timeout, urllib3.exceptions.TimeoutError, TimeoutError)):
             raise GatewayTimeout(f"{host} did not answer in time") from error
-        raise BadGateway(f"{host} cannot be reached or does not speak HTTP: {reason}") from error
+        raise BadGateway(f"{host}: {root_cause(error)}") from error
 
 
 def root_cause(error: BaseException) -> str:
-    """Return the innermost reason of an error of requests or urllib3.
+    """Return the innermost reason of an error of requests or urllib3, fit for a log and for a client.
 
-    The outer ones hold the whole URL, and with it a signed query or a token's scope that no log may hold.
+    The outer ones hold the whole URL, and with it a signed query or a token's scope. What upstream sent is not shown
+    either: a status line may be a web page.
     """
     inner = getattr(error, "reason", None) or next((a for a in reversed(error.args) if isinstance(a, Exception)), None)
     if isinstance(inner, Exception):
         return root_cause(inner)
-    return str(error).rpartition(": ")[2] if isinstance(error, urllib3.exceptions.HTTPError) else str(error)
+    if isinstance(error, http.client.HTTPException) and not isinstance(error, ConnectionError):
+        return f"this is no HTTP ({type(error).__name__})"
+    text = str(error).rpartition(": ")[2] if isinstance(error, urllib3.exceptions.HTTPError) else str(error)
+    return "".join(character for character in text[:200] if character.isprintable())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -244,27 +293,81 @@ HOST = re.compile(r"(?:[A-Za-z0-9](?:[A-Za-z0-9._-]{0,253})|\[[0-9A-Fa-f:.]{2,45
 MAX_NAME = 255  # the spec's advice: many clients limit host and name together to 255
 
 
+def is_address(host: str) -> bool:
+    """Tell whether a host is an IP address."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
 class Target(NamedTuple):
-    """Name what is asked for: a repository, by its full name, of a registry."""
+    """Name what is asked for: a repository, by the registry's own name of it, of a registry.
+
+    `prefix` is what stands before that name in the client's paths and scopes: ``ghcr.io/`` or nothing.
+    """
 
     registry: Registry
     repository: str
+    prefix: str = ""
 
 
-def resolve(registries: Mapping[str, Registry], ns: str | None, name: str) -> Target:
-    """Return the registry and repository that a request means.
+class Router:
+    """Find the registry that a request means. What is not served here is refused: the mirror is no open proxy."""
 
-    `ns` is containerd's query argument, `name` the repository's name in the path. Raises NameInvalid, and Denied for a
-    registry that is not served here: the mirror is no open proxy.
-    """
-    if ns is not None and ns not in registries:
-        raise Denied(f"this mirror does not serve that registry; it serves: {', '.join(registries)}")
-    return Target(registries[ns or DOCKER_IO.name], complete(check_name(name)))
+    def __init__(self, registries: Mapping[str, Registry], default: str) -> None:
+        self._registries = registries
+        self.default = registries[default]
+        self._hosts = {host: registry for registry in registries.values() for host in registry.hosts}
+        self._aliases = {registry.alias: registry for registry in registries.values() if registry.alias}
+
+    def named(self, name: str) -> Registry:
+        """Return the registry of that name; raise Denied if it is not served."""
+        if name not in self._registries:
+            raise Denied(f"this mirror does not serve that registry; it serves: {', '.join(self._registries)}")
+        return self._registries[name]
+
+    def by_host(self, host: str) -> Registry | None:
+        """Return the registry that a Host header means: one of a registry's hosts, or its alias as the first label."""
+        bare = host.lower().rpartition(":")[0] if re.search(r":[0-9]+$", host) else host.lower()
+        listed = self._hosts.get(host.lower()) or self._hosts.get(bare)
+        label, dot, _ = bare.partition(".")
+        return listed or (self._aliases.get(label) if dot and not is_address(bare) else None)
+
+    def resolve(self, host: str, ns: str | None, name: str) -> Target:
+        """Return the registry and repository that a request means.
+
+        `ns` is containerd's query argument, `name` the repository's name in the path. Raises NameInvalid, and Denied
+        for a registry or an image that is not served.
+        """
+        check_name(name)
+        registry = self.named(ns) if ns is not None else self.by_host(host)
+        if registry is None:
+            return self.by_path(name)
+        prefix = f"{registry.name}/" if name.startswith(f"{registry.name}/") else ""
+        return _target(registry, name, prefix)
+
+    def by_path(self, name: str) -> Target:
+        """Return what a name means whose first component may be a registry: ``ghcr.io/owner/image``, or ``nginx``."""
+        first, slash, _ = name.partition("/")
+        if slash and first in self._registries:
+            return _target(self._registries[first], name, f"{first}/")
+        if slash and "." in first and self.default.name == DOCKER_IO:  # no owner at Docker Hub has a dot
+            self.named(first)
+        return _target(self.default, name, "")
 
 
-def complete(name: str) -> str:
-    """Return Docker Hub's full name of a repository: ``nginx`` is ``library/nginx``."""
-    return name if "/" in name else f"library/{name}"
+def _target(registry: Registry, name: str, prefix: str) -> Target:
+    repository = complete(registry, name.removeprefix(prefix))
+    if registry.images and not any(fnmatchcase(repository, pattern) for pattern in registry.images):
+        raise Denied(f"this mirror does not serve that image of {registry.name}")
+    return Target(registry, repository, prefix)
+
+
+def complete(registry: Registry, name: str) -> str:
+    """Return the full name of a repository: at Docker Hub, ``nginx`` is ``library/nginx``."""
+    return f"library/{name}" if registry.name == DOCKER_IO and "/" not in name else name
 
 
 def check_name(name: str) -> str:
@@ -298,6 +401,8 @@ def check_reference(reference: str) -> str:
 # Tokens
 # ---------------------------------------------------------------------------------------------------------------------
 
+CHALLENGE_KEYS = ("service", "scope", "error", "error_description")
+PRINTABLE = re.compile(r"[\x20-\x7e]+")
 ANONYMOUS = "anonymous"
 ANONYMOUS_SECONDS = 3600
 DEFAULT_TOKEN_SECONDS = 60  # token spec: "If omitted, this defaults to 60 seconds"
@@ -305,27 +410,31 @@ MAX_TOKENS = 1000
 
 
 class Challenge(NamedTuple):
-    """Hold a registry's Bearer challenge: its realm, and all its other parameters."""
+    """Hold a registry's challenge: its realm, all its other parameters, and its scheme, ``bearer`` or ``basic``."""
 
     realm: str
     parameters: Mapping[str, str]
+    scheme: str = "bearer"
 
     @classmethod
     def parse(cls, headers: list[str]) -> Challenge | None:
-        """Return the Bearer challenge among the values of WWW-Authenticate, or None."""
-        for header in headers:
-            found = WWWAuthenticate.from_header(header)
-            if found is not None and found.type == "bearer":
-                parameters = {key.lower(): value for key, value in found.parameters.items() if value is not None}
-                return cls(parameters.pop("realm", ""), parameters)
+        """Return the Bearer challenge among the values of WWW-Authenticate, else a Basic one, else None."""
+        found = [parsed for header in headers if (parsed := WWWAuthenticate.from_header(header))]
+        for scheme in ("bearer", "basic"):
+            for one in found:
+                if one.type == scheme:
+                    given = {key.lower(): value for key, value in one.parameters.items()}
+                    parameters = {
+                        key: str(given[key]) for key in CHALLENGE_KEYS if PRINTABLE.fullmatch(given.get(key) or "")
+                    }
+                    return cls(str(given.get("realm", "")), parameters, scheme)
         return None
 
     def at(self, realm: str) -> str:
         """Return the header's value that names another realm. All is quoted: some clients read it by pattern."""
         parameters = {"realm": realm, **self.parameters}
-        return "Bearer " + ",".join(
-            f"{key}={quote_header_value(v, allow_token=False)}" for key, v in parameters.items()
-        )
+        written = (f"{key}={quote_header_value(value, allow_token=False)}" for key, value in parameters.items())
+        return f"{self.scheme.title()} {','.join(written)}"
 
     def token_url(self, scope: str) -> str:
         """Return where a token for `scope` is to be had. The realm may carry a query already (nvcr.io)."""
@@ -344,20 +453,15 @@ def pull_scope(repository: str) -> str:
     return f"repository:{repository}:pull"
 
 
-def complete_scope(scope: str) -> str:
-    """Return a scope parameter (one scope or several with spaces between) with Docker Hub's full names.
-
-    Raises NameInvalid.
-    """
-    return " ".join(_complete_one(one) for one in scope.split(" "))
+def map_scope(scope: str, change: Callable[[str], str]) -> str:
+    """Return a scope parameter (one scope, or several with spaces between) with each repository's name changed."""
+    return " ".join(_map_one(one, change) for one in scope.split(" "))
 
 
-def _complete_one(scope: str) -> str:
+def _map_one(scope: str, change: Callable[[str], str]) -> str:
     kind, _, rest = scope.partition(":")
     name, _, actions = rest.rpartition(":")
-    if not kind.startswith("repository"):
-        return scope
-    return f"{kind}:{complete(check_name(name))}:{actions}"
+    return f"{kind}:{change(name)}:{actions}" if kind.startswith("repository") else scope
 
 
 def check_realm(registry: Registry, endpoint: str, realm: str) -> None:
@@ -383,15 +487,7 @@ def same_site(host: str, endpoint_host: str) -> bool:
     parent = endpoint_host.partition(".")[2]
     if host == endpoint_host:
         return True
-    return "." in parent and not _is_address(endpoint_host) and f".{host}".endswith(f".{parent}")
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
+    return "." in parent and not is_address(endpoint_host) and f".{host}".endswith(f".{parent}")
 
 
 def origin(url: str) -> tuple[str, str, int]:
@@ -420,43 +516,45 @@ class Token(NamedTuple):
 
 
 class TokenStore:
-    """Keep the mirror's own tokens, one for each endpoint and scope, shared by all clients."""
+    """Keep the mirror's own tokens, one for each registry, site and scope, shared by all clients."""
 
     def __init__(self) -> None:
-        self._tokens: dict[tuple[str, str], Token] = {}
-        self._running: dict[tuple[str, str], AsyncResult[Token]] = {}
+        self._tokens: dict[tuple[str, ...], Token] = {}
+        self._running: dict[tuple[str, ...], gevent.Greenlet[..., Token | MirrorError]] = {}
 
-    def get(self, key: tuple[str, str], fetch: Callable[[], Token]) -> str:
-        """Return the token for `key` (endpoint, scope). However many ask, `fetch` runs once; its error reaches all."""
+    def get(self, key: tuple[str, ...], fetch: Callable[[], Token]) -> str:
+        """Return the token for `key`. However many ask, `fetch` runs once; its MirrorError reaches all.
+
+        It runs in a greenlet of its own: the one who asked first may run out of time, or leave.
+        """
         token = self._tokens.get(key)
         if token is not None and time.monotonic() < token.renew_at:
             return token.value
-        running = self._running.get(key)
-        if running is None:
-            running = self._running[key] = AsyncResult()
-            self._fill(key, running, fetch)
-        return cast(Token, running.get()).value
+        if key not in self._running:
+            self._running[key] = gevent.spawn(self._fill, key, fetch)
+        found = self._running[key].get()
+        if isinstance(found, Token):
+            return found.value
+        raise found
 
-    def _fill(self, key: tuple[str, str], running: AsyncResult[Token], fetch: Callable[[], Token]) -> None:
+    def _fill(self, key: tuple[str, ...], fetch: Callable[[], Token]) -> Token | MirrorError:
         try:
             token = fetch()
-        except Exception as error:
-            running.set_exception(error)
+        except MirrorError as error:
+            return error
         else:
-            running.set(token)
             self._keep(key, token)
+            return token
         finally:
-            if not running.ready():  # this greenlet is being ended: let the others ask anew
-                running.set_exception(GatewayTimeout("the token's fetch was ended"))
             del self._running[key]
 
-    def _keep(self, key: tuple[str, str], token: Token) -> None:
+    def _keep(self, key: tuple[str, ...], token: Token) -> None:
         self._tokens.pop(key, None)  # it goes to the end: the first is the oldest
         self._tokens[key] = token
         if len(self._tokens) > MAX_TOKENS:
             del self._tokens[next(iter(self._tokens))]
 
-    def drop(self, key: tuple[str, str], value: str) -> None:
+    def drop(self, key: tuple[str, ...], value: str) -> None:
         """Forget the token `value`, which the registry refused; a newer one stays."""
         if key in self._tokens and self._tokens[key].value == value:
             del self._tokens[key]
@@ -467,12 +565,34 @@ class TokenStore:
 # ---------------------------------------------------------------------------------------------------------------------
 
 USER_AGENT = f"docker-mirror/{__version__}"
+VIA = "docker-mirror"
 REDIRECTS = frozenset((301, 302, 303, 307, 308))
 MAX_REDIRECTS = 5
+OPEN_SECONDS = 60  # for which a registry is taken to ask for nothing: a false 200 must not last
 MAX_FOREIGN_BODY = 1 << 20  # of a token answer, an error, a redirect: whatever is read whole
 RETRY_AFTER = "60"  # seconds, where upstream limits and does not say how long
+MAX_RETRY_AFTER = 6 * 3600.0  # seconds: Docker Hub's window
 KEEP_ON_ERROR = ("Retry-After", "Content-Range", "RateLimit-Limit", "RateLimit-Remaining")
+FIRST_CHUNK, SLOW_CHUNK, FAST_CHUNK = 32 << 10, 16 << 10, 256 << 10  # bytes
 HEADER_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
+
+
+class Trail:
+    """Note which hosts are asked, for the access line: ``>`` stands before one that was redirected to."""
+
+    def __init__(self) -> None:
+        self._text = ""
+
+    def __str__(self) -> str:
+        return self._text or "-"
+
+    def ask(self, url: str) -> None:
+        """Note an endpoint."""
+        self._text += ("," if self._text else "") + host_of(url)
+
+    def redirect(self, url: str) -> None:
+        """Note where it redirected to."""
+        self._text += ">" + host_of(url)
 
 
 class Wanted(NamedTuple):
@@ -489,13 +609,51 @@ class Wanted(NamedTuple):
     headers: Mapping[str, str]
     authorization: str | None
     missing: type[NotFound]
+    trail: Trail
+
+
+class Site(NamedTuple):
+    """Name a registry's API at one base URL, and the repository that is asked for there.
+
+    `account` is a Basic header of the mirror's own account. It is set for the registry's first endpoint only: another
+    one may be anybody's mirror.
+    """
+
+    registry: Registry
+    base: str
+    repository: str = ""
+    account: str | None = None
+
+    @classmethod
+    def endpoint(cls, registry: Registry, number: int, repository: str = "") -> Site:
+        """Return one of the registry's endpoints."""
+        account = None
+        if number == 0 and registry.username is not None:
+            credentials = {"username": registry.username, "password": registry.password}
+            account = Authorization("basic", credentials).to_header()
+        return cls(registry, registry.endpoints[number], repository, account)
+
+    @classmethod
+    def beyond(cls, registry: Registry, url: str) -> Site | None:
+        """Return the other registry that a redirect leads to (registry.k8s.io does so), None for a storage host."""
+        found = re.match(r"(https?://[^/]+)/v2/([^?]+)/(?:manifests|blobs|tags|referrers)/", url)
+        return cls(registry, found[1], found[2]) if found and NAME.fullmatch(found[2]) else None
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Return what the challenge is kept under: never the endpoint alone, of which two registries may have one."""
+        return self.registry.name, self.base
 
 
 class Answer(NamedTuple):
-    """Hold upstream's response, its body unread, and the hosts that were asked, the answering one last."""
+    """Hold upstream's response, the registry that answered, and the beginning of the body if it has been read.
+
+    `site` is None where a storage host has the last word, to which the registry redirected.
+    """
 
     response: requests.Response
-    hosts: tuple[str, ...]
+    site: Site | None
+    start: bytes = b""
 
     @property
     def status(self) -> int:
@@ -503,9 +661,9 @@ class Answer(NamedTuple):
         return self.response.status_code
 
     @property
-    def redirected(self) -> bool:
-        """Tell whether another host than the registry's endpoint may have answered."""
-        return len(self.hosts) > 1
+    def host(self) -> str:
+        """Return host and port of the server that answered."""
+        return host_of(str(self.response.url))
 
 
 class Reply(NamedTuple):
@@ -516,22 +674,153 @@ class Reply(NamedTuple):
     body: bytes
 
 
+# What a registry's answer must not lead the mirror to, unless the registry itself is there.
+INNER_NETWORKS = [
+    ipaddress.ip_network(block)
+    for block in (
+        *("127.0.0.0/8", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "169.254.0.0/16", "100.64.0.0/10"),
+        *("::1/128", "fc00::/7", "fe80::/10"),
+    )
+]
+
+
+class Guard:
+    """Decide which addresses a registry may lead the mirror to, by a redirect or a realm.
+
+    Its own endpoints, and what the owner listed, may be anywhere. All others must be public, or in the same inner
+    network as an endpoint.
+    """
+
+    def __init__(self, registry: Registry, ipv4_only: bool) -> None:
+        self._endpoints = {urlsplit(url).hostname for url in registry.endpoints}
+        self._listed = {urlsplit(url).hostname for url in (*registry.realms, registry.search or "")}
+        self._family = socket.AF_INET if ipv4_only else socket.AF_UNSPEC
+        self._inner: set[ipaddress.IPv4Network | ipaddress.IPv6Network] = set()
+
+    def addresses(self, host: str, port: int) -> list[str]:
+        """Return the addresses of `host` that may be connected to; raise OSError where there is none."""
+        found = socket.getaddrinfo(host, port, self._family, socket.SOCK_STREAM)
+        admitted = [
+            address for address in dict.fromkeys(str(entry[4][0]) for entry in found) if self.admits(host, address)
+        ]
+        if not admitted:
+            raise OSError(errno.EACCES, "its address is a private one, which no registry may lead to")
+        return admitted
+
+    def admits(self, host: str, address: str) -> bool:
+        """Tell whether `host`, which is at `address`, may be asked."""
+        parsed = ipaddress.ip_address(address.partition("%")[0])
+        parsed = getattr(parsed, "ipv4_mapped", None) or parsed
+        network = next((network for network in INNER_NETWORKS if parsed in network), None)
+        if host in self._endpoints:
+            self._inner |= {network} if network else set()
+            return True
+        public = network is None and parsed.is_global and not parsed.is_multicast
+        return public or host in self._listed or (network is not None and network in self._inner)
+
+
+class StrictResponse(http.client.HTTPResponse):
+    """Refuse a chunk whose size is negative or none: Python would read to the end of the connection, or fail oddly."""
+
+    def _read_next_chunk_size(self) -> int:
+        try:
+            size: int = super()._read_next_chunk_size()  # type: ignore[misc]
+        except ValueError:
+            size = -1
+        if size < 0:
+            raise http.client.HTTPException("a chunk without a size")
+        return size
+
+
+def strict(base: type[HTTPConnection], idle: float) -> type[HTTPConnection]:
+    """Return a class of connections whose read timeout is `idle` seconds once the head of an answer is there."""
+
+    class Strict(base):  # type: ignore[valid-type,misc]
+        response_class = StrictResponse
+
+        def getresponse(self) -> Any:
+            sock = self.sock
+            response = super().getresponse()
+            sock.settimeout(idle)
+            return response
+
+    return Strict
+
+
+def guarded(base: type[HTTPConnection], guard: Guard) -> type[HTTPConnection]:
+    """Return a class of connections that go to the very address that the guard has checked."""
+
+    class Guarded(base):  # type: ignore[valid-type,misc]
+        _dns_host: str
+
+        def _new_conn(self) -> socket.socket:
+            name = self._dns_host
+            try:
+                addresses = guard.addresses(name, self.port)
+            except socket.gaierror as error:
+                raise NameResolutionError(name, self, error) from error
+            except OSError as error:
+                raise NewConnectionError(self, str(error.strerror)) from error
+            try:
+                return self._connect_to_one(addresses)
+            finally:
+                self._dns_host = name  # it is the name for TLS and the Host header
+
+        def _connect_to_one(self, addresses: list[str]) -> socket.socket:
+            for number, address in enumerate(addresses, 1):
+                self._dns_host = address
+                try:
+                    return cast(socket.socket, super()._new_conn())
+                except (NewConnectionError, ConnectTimeoutError):
+                    if number == len(addresses):
+                        raise
+            raise AssertionError("a guard returns at least one address")
+
+    return Guarded
+
+
 class Adapter(HTTPAdapter):
-    """Connect with one TLS context, shared by all connections.
+    """Connect for one registry: through its guard, and with one TLS context, shared by all connections.
 
     requests would read the CA bundle anew for each connection: 16 ms of CPU and 750 KB.
     """
 
-    def __init__(self, context: ssl.SSLContext) -> None:
+    def __init__(self, context: ssl.SSLContext, guard: Guard, idle: float) -> None:
         self._context = context
+        self._idle = idle
         super().__init__(pool_connections=32, pool_maxsize=64)
+        self._set_connections(self.poolmanager, lambda base: guarded(base, guard))
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
         """Give the shared context to every connection pool."""
         super().init_poolmanager(*args, ssl_context=self._context, **kwargs)
 
+    def proxy_manager_for(self, proxy: str, **kwargs: Any) -> Any:
+        """Give the shared context to the connections through a proxy, and to an https proxy itself."""
+        if proxy in self.proxy_manager:
+            return self.proxy_manager[proxy]
+        if proxy.startswith("https:"):
+            kwargs["proxy_ssl_context"] = self._context
+        manager = super().proxy_manager_for(proxy, ssl_context=self._context, **kwargs)
+        self._set_connections(manager, lambda base: base)
+        return manager
+
     def cert_verify(self, *args: Any) -> None:
         """Leave the connection alone: the shared context verifies."""
+
+    def close_idle(self) -> None:
+        """Close the connections that no request uses; those in use are closed when they are given back."""
+        for manager in (self.poolmanager, *self.proxy_manager.values()):
+            manager.clear()
+
+    def _set_connections(
+        self, manager: PoolManager, change: Callable[[type[HTTPConnection]], type[HTTPConnection]]
+    ) -> None:
+        pools: dict[str, Any] = manager.pool_classes_by_scheme
+        manager.pool_classes_by_scheme = {
+            scheme: type(pool.__name__, (pool,), {"ConnectionCls": strict(change(pool.ConnectionCls), self._idle)})
+            for scheme, pool in pools.items()
+        }
 
 
 def tls_context(ca_file: str | None) -> ssl.SSLContext:
@@ -563,16 +852,18 @@ def next_hop(url: str, location: str) -> str:
     return target
 
 
-def read_bounded(response: requests.Response) -> bytes:
-    """Return a body that is to be read whole and give the connection back; raise BadGateway if it is too long.
+def read_bounded(response: requests.Response, limit: int = MAX_FOREIGN_BODY) -> bytes:
+    """Return a body of at most `limit` bytes and give the connection back; raise BadGateway if it is longer.
 
     It is not decoded: a compressed bomb stays small.
     """
-    body: bytes = response.raw.read(MAX_FOREIGN_BODY + 1, decode_content=False)
-    if len(body) <= MAX_FOREIGN_BODY:
-        return body
-    response.close()
-    raise BadGateway("upstream's answer is too long")
+    body = b""
+    while part := response.raw.read(limit + 1 - len(body), decode_content=False):  # the last read tells of a cut
+        body += part
+        if len(body) > limit:
+            response.close()
+            raise BadGateway("upstream's answer is too long")
+    return body
 
 
 def oci_errors(body: bytes) -> list[dict[str, Any]] | None:
@@ -597,10 +888,10 @@ def raise_for_status(
 ) -> None:
     """Raise the error that upstream's status stands for; return where it is an answer to pass on.
 
-    `missing` is raised for 404; `refused` makes the error for the registry's own 401 or 403. A host that was redirected
-    to has no say in who may pull: its 401, 403 and 400 are failures. Source: the table of answers.
+    `missing` is raised for 404; `refused` makes the error for a registry's 401 or 403. A storage host has no say in who
+    may pull: its 401, 403 and 400 are failures. Source: the table of answers.
     """
-    status, host = answer.status, answer.hosts[-1]
+    status, host = answer.status, answer.host
     if 200 <= status < 300 or status == 304:
         return
     body = read_bounded(answer.response)
@@ -612,12 +903,40 @@ def raise_for_status(
         raise RangeInvalid("the range lies outside the blob", headers, errors)
     if status == 429:
         message = f"{host} limits this mirror{plain_text(answer.response, body)}"
-        raise TooManyRequests(message, {"Retry-After": RETRY_AFTER, **headers}, errors)
-    if status in (401, 403) and not answer.redirected:
+        raise TooManyRequests(message, headers, errors)
+    if status in (401, 403) and answer.site is not None:
         raise refused(errors)
-    if 400 <= status < 500 and not answer.redirected:
-        raise BadRequest(f"{host} answered {status}{plain_text(answer.response, body)}", headers, errors)
+    if 400 <= status < 500 and answer.site is not None:
+        raise Refused(status, f"{host} answered {status}{plain_text(answer.response, body)}", headers, errors)
     raise BadGateway(f"{host} answered {status}")
+
+
+def started(answer: Answer, method: str, is_blob: bool) -> Answer:
+    """Return the answer with its body begun, if that is small: what a stall or a cut spoils can still be an error.
+
+    Raises BadGateway for a body whose end could not be told from a cut: it has no length, and is not plainly chunked.
+    """
+    response, raw = answer.response, answer.response.raw
+    coding = response.headers.get("Transfer-Encoding")
+    length = response.headers.get("Content-Length")
+    if coding is not None and "Content-Length" in response.headers:
+        del response.headers["Content-Length"]  # RFC 9112, 6.3: the chunks tell the length
+        length = None
+    bodiless = method == "HEAD" or answer.status in (204, 304)
+    framed = bodiless or (length is not None if coding is None else coding.lower() == "chunked")
+    if not framed or not re.fullmatch("[0-9]+", length or "0") or length == "":
+        response.close()
+        raise BadGateway(f"{answer.host} does not say how long its answer is")
+    if bodiless:
+        if coding is None:
+            raw.read(decode_content=False)  # there is none: this gives the connection back
+        response.close()
+        return answer
+    if length is not None and int(length) <= FIRST_CHUNK:
+        return answer._replace(start=raw.read(decode_content=False))
+    if length is None and not is_blob:
+        return answer._replace(start=raw.read(FIRST_CHUNK, decode_content=False))
+    return answer
 
 
 def kept(headers: Mapping[str, str] | Headers, names: tuple[str, ...]) -> dict[str, str]:
@@ -626,174 +945,378 @@ def kept(headers: Mapping[str, str] | Headers, names: tuple[str, ...]) -> dict[s
     return {name: value for name, value in found if value is not None and HEADER_VALUE.fullmatch(value)}
 
 
+FAILURES = (TooManyRequests, BadGateway, GatewayTimeout)  # after which another endpoint is asked
+FIRST_PAUSE, LONGEST_PAUSE = 30, 600  # seconds
+
+
+class Cooldowns:
+    """Remember which endpoints failed, and leave each alone for a while; then one request at a time tries it again."""
+
+    def __init__(self) -> None:
+        self._until: dict[str, float] = {}  # time.monotonic()
+        self._pause: dict[str, float] = {}
+        self._tried: set[str] = set()
+
+    def cooling(self, endpoint: str) -> bool:
+        """Tell whether the endpoint is to be left alone."""
+        return time.monotonic() < self._until.get(endpoint, 0)
+
+    def take(self, endpoint: str, seconds: float) -> bool:
+        """Tell whether to ask the endpoint. After its pause that is yes once: within `seconds` the answer is known."""
+        if self.cooling(endpoint):
+            return False
+        if endpoint in self._until:
+            self._until[endpoint] = time.monotonic() + seconds
+            self._tried.add(endpoint)
+        return True
+
+    def failed(self, endpoint: str, retry_after: float | None) -> None:
+        """Pause for `retry_after` seconds, else for 30 s, doubled after each further failure up to 10 min."""
+        if self.cooling(endpoint) and endpoint not in self._tried:
+            return  # several requests met the same failure
+        self._tried.discard(endpoint)
+        doubled = min(2 * self._pause.get(endpoint, FIRST_PAUSE / 2), LONGEST_PAUSE)
+        self._pause[endpoint] = doubled
+        self._until[endpoint] = time.monotonic() + (doubled if retry_after is None else retry_after)
+        log.warning("%s is left alone for %.0f s", host_of(endpoint), self._until[endpoint] - time.monotonic())
+
+    def succeeded(self, endpoint: str) -> None:
+        """Forget that the endpoint failed."""
+        if self._until.pop(endpoint, None) is not None:
+            log.warning("%s answers again", host_of(endpoint))
+        self._pause.pop(endpoint, None)
+        self._tried.discard(endpoint)
+
+    def wait(self, endpoints: tuple[str, ...]) -> int:
+        """Return after how many seconds the first of these may be asked again."""
+        return max(1, math.ceil(min(self._until.get(endpoint, 0) for endpoint in endpoints) - time.monotonic()))
+
+
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """Return the seconds that a Retry-After header asks for, at most six hours, or None."""
+    text = headers.get("Retry-After", "")
+    if re.fullmatch("[0-9]{1,9}", text):
+        return min(float(text), MAX_RETRY_AFTER)
+    date = parse_date(text)
+    if date is None:
+        return None
+    return min(max((date - datetime.now(UTC)).total_seconds(), 0), MAX_RETRY_AFTER)
+
+
+class Outbound:
+    """Say through which proxy a URL is reached."""
+
+    def __init__(self, config: Config) -> None:
+        self._https = config.https_proxy or config.all_proxy
+        self._http = config.all_proxy
+        self._no_proxy = config.no_proxy
+        self._bypassed: dict[tuple[str, str, int], bool] = {}
+
+    def proxies(self, registry: Registry, url: str) -> dict[str, str]:
+        """Return the proxies of requests for a URL of this registry; empty: it is reached without one."""
+        proxy = registry.proxy
+        if proxy == DIRECT:
+            return {}
+        if proxy is None:
+            proxy = self._https if url.startswith("https:") else self._http
+            if proxy is None or self._bypasses(url):
+                return {}
+        return {"all": proxy}
+
+    def _bypasses(self, url: str) -> bool:
+        key = origin(url)
+        if key not in self._bypassed:
+            if len(self._bypassed) > MAX_TOKENS:
+                self._bypassed.clear()
+            self._bypassed[key] = should_bypass_proxies(url, self._no_proxy)
+        return self._bypassed[key]
+
+
 class Upstream:
     """Ask the registries, as the mirror itself or as a client, and follow their redirects."""
 
     def __init__(self, config: Config, registries: Mapping[str, Registry]) -> None:
         self._login = config.login
-        self._timeouts = (config.connect_timeout, config.idle_timeout)
+        self._timeouts = (config.connect_timeout, config.first_byte_timeout)
         self._first_byte = config.first_byte_timeout
         self._budget = config.connect_timeout + config.first_byte_timeout
-        self._adapters = {ca: Adapter(tls_context(ca)) for ca in {r.ca_file for r in registries.values()}}
-        self._challenges: dict[str, Challenge | None] = {}  # by endpoint; None: it asks for no token
+        contexts = {ca: tls_context(ca) for ca in {registry.ca_file for registry in registries.values()}}
+        self._guards = {name: Guard(registry, config.ipv4_only) for name, registry in registries.items()}
+        self._adapters = {
+            name: Adapter(contexts[registry.ca_file], self._guards[name], config.idle_timeout)
+            for name, registry in registries.items()
+        }
+        self._outbound = Outbound(config)
+        self._challenges: dict[tuple[str, str], Challenge] = {}  # by Site.key
+        self._open_until: dict[tuple[str, str], float] = {}  # by Site.key: a ping was answered without a challenge
         self._tokens = TokenStore()
+        self._cooldowns = Cooldowns()
 
     def fetch(self, wanted: Wanted) -> Answer:
         """Return the answer to pass on: 2xx or 304. Whoever gets it must close its response.
 
-        Raises MirrorError: what upstream refuses or fails at, within connect and first-byte timeout in all.
+        The mirror itself goes from one endpoint to the next while they limit or fail; a client's own credentials go to
+        the first one only. Raises MirrorError: the most telling of the failures, within connect and first-byte timeout
+        in all.
         """
-        endpoint = wanted.target.registry.endpoints[0]
-        with self._deadline(endpoint):
-            answer = self._ask(endpoint, wanted)
-            raise_for_status(answer, wanted.missing, lambda errors: self._refusal(endpoint, wanted, answer, errors))
-            return answer
+        registry = wanted.target.registry
+        if wanted.authorization is not None or len(registry.endpoints) == 1:
+            return self._attempt(wanted, 0, self._budget)
+        end = time.monotonic() + self._budget
+        failures: list[MirrorError] = []
+        for number, endpoint in enumerate(registry.endpoints):
+            later = [other for other in registry.endpoints[number + 1 :] if not self._cooldowns.cooling(other)]
+            seconds = (end - time.monotonic()) / (1 + len(later))
+            if not self._cooldowns.take(endpoint, seconds):
+                continue
+            try:
+                with self._cooled(endpoint):
+                    return self._attempt(wanted, number, seconds)
+            except FAILURES as error:
+                failures.append(error)
+        if not failures:
+            wait = self._cooldowns.wait(registry.endpoints)
+            raise Cooling(f"{registry.name} failed a moment ago, and is left alone", {"Retry-After": str(wait)})
+        raise max(failures, key=lambda error: error.status == TooManyRequests.status)
 
-    def challenge(self, registry: Registry) -> Challenge | None:
-        """Return the registry's challenge, or None where it asks for no token; ask only if it is not yet known."""
-        endpoint = registry.endpoints[0]
-        if endpoint not in self._challenges:
-            self._ping(registry, endpoint, None)
-        return self._challenges.get(endpoint)
+    @contextmanager
+    def _cooled(self, endpoint: str) -> Iterator[None]:
+        """Remember whether one of several endpoints limits or fails; 404, 401 and 403 are answers."""
+        try:
+            yield
+        except FAILURES as error:
+            self._cooldowns.failed(endpoint, retry_after(error.headers))
+            raise
+        except MirrorError:
+            self._cooldowns.succeeded(endpoint)
+            raise
+        self._cooldowns.succeeded(endpoint)
 
-    def admit(self, registry: Registry, authorization: str) -> None:
+    def _attempt(self, wanted: Wanted, number: int, seconds: float) -> Answer:
+        registry, repository, _ = wanted.target
+        site = Site.endpoint(registry, number, repository)
+        url = with_query(f"{site.base}/v2/{repository}/{wanted.resource}", wanted.query)
+        with self._deadline(site.base, seconds):
+            answer = self._follow(site, wanted.method, url, wanted.headers, wanted.authorization, wanted.trail)
+            raise_for_status(answer, wanted.missing, lambda errors: self._refusal(site, wanted, answer, errors))
+            return started(answer, wanted.method, is_blob=wanted.missing is BlobUnknown)
+
+    def challenge(self, registry: Registry, trail: Trail) -> Challenge | None:
+        """Return the challenge that a client has to meet, or None; ask the registry only if it is not yet known.
+
+        Where the registry asks for Basic and the mirror has an account, none is left for the client. Where the first
+        endpoint fails and there are others, the client gets a challenge without a service, and can pull from those.
+        """
+        site = Site.endpoint(registry, 0)
+        known = site.key in self._challenges or time.monotonic() < self._open_until.get(site.key, 0)
+        if not known and not self._ping_first(site, trail):
+            return Challenge("", {})
+        found = self._challenges.get(site.key)
+        return None if found is not None and found.scheme == "basic" and site.account else found
+
+    def _ping_first(self, site: Site, trail: Trail) -> bool:
+        """Learn the first endpoint's challenge; tell whether it answered. Raises MirrorError if it is the only one."""
+        seconds = self._budget / len(site.registry.endpoints)  # dockerd waits 15 s for its ping
+        if len(site.registry.endpoints) == 1:
+            self._ping(site, None, trail, seconds)
+        elif not self._cooldowns.take(site.base, seconds):
+            return False
+        else:
+            try:
+                with self._cooled(site.base):
+                    self._ping(site, None, trail, seconds)
+            except FAILURES:
+                return False
+        return True
+
+    def admit(self, registry: Registry, authorization: str, trail: Trail) -> None:
         """Ask ``GET /v2/`` as a client that logs in; raise Unauthorized or Denied where the registry refuses it."""
-        status, challenge = self._ping(registry, registry.endpoints[0], authorization)
+        status, challenge = self._ping(Site.endpoint(registry, 0), authorization, trail, self._budget)
         if status == 401:
             message = f"{registry.name} does not accept this login"
             raise Unauthorized(message, challenge) if challenge else Denied(message)
 
     def login(
-        self, registry: Registry, query: Mapping[str, Any], form: Mapping[str, Any] | None, basic: str | None
+        self,
+        registry: Registry,
+        query: Mapping[str, Any],
+        form: Mapping[str, Any] | None,
+        basic: str | None,
+        trail: Trail,
     ) -> Reply:
         """Put a client's own request for a token to the registry's realm; `form` makes it a POST.
 
+        `service` is the registry's own, whatever the client took from another registry's challenge at this host.
         Returns the realm's reply, be it the token or a refusal. Raises MirrorError.
         """
-        challenge = self.challenge(registry)
-        if challenge is None:
-            raise BadRequest(f"{registry.name} asks for no login")
-        url = with_query(challenge.realm, query)
-        method, body = ("GET", None) if form is None else ("POST", urlencode(form, doseq=True))
-        with self._deadline(url):
+        with self._deadline(registry.endpoints[0], self._budget):
+            challenge = self.challenge(registry, trail)
+            if challenge is None or challenge.scheme != "bearer":
+                raise BadRequest(f"{registry.name} gives no tokens")
+            if not challenge.realm:
+                raise BadGateway(f"{registry.name} cannot take a login now: its first endpoint fails")
+            service = {"service": [challenge.parameters["service"]]} if "service" in challenge.parameters else {}
+            if form is None:
+                method, url, body = "GET", with_query(challenge.realm, {**query, **service}), None
+            else:
+                method, url, body = "POST", with_query(challenge.realm, query), urlencode({**form, **service}, True)
+            trail.ask(url)
             response = self._send(registry, method, url, _authorized({}, basic), body)
             reply = Reply(response.status_code, response.headers, read_bounded(response))
+        if reply.status not in (200, 401, 403, 429):  # the realm may have moved: learn it anew
+            self._challenges.pop(Site.endpoint(registry, 0).key, None)
         if reply.status < 300 or 400 <= reply.status < 500:
             return reply
         raise BadGateway(f"{host_of(url)} answered {reply.status}")
 
-    def _ping(self, registry: Registry, endpoint: str, authorization: str | None) -> tuple[int, Challenge | None]:
+    def search(self, registry: Registry, query: Mapping[str, str], trail: Trail) -> Reply:
+        """Ask the registry's index, as ``docker search`` does; raise MirrorError."""
+        url = with_query(f"{registry.search}/v1/search", query)
+        with self._deadline(url, self._budget):
+            answer = self._follow(Site(registry, str(registry.search)), "GET", url, {}, None, trail)
+            raise_for_status(answer, NotFound, lambda errors: Denied(f"{registry.name} refuses", errors=errors))
+            return Reply(answer.status, answer.response.headers, read_bounded(answer.response))
+
+    def close_idle(self) -> None:
+        """Close the connections that no request uses."""
+        for adapter in self._adapters.values():
+            adapter.close_idle()
+
+    def _ping(
+        self, site: Site, authorization: str | None, trail: Trail, seconds: float
+    ) -> tuple[int, Challenge | None]:
         """Ask ``GET /v2/``; return the status, 2xx or 401, and the challenge, which is learnt."""
-        with self._deadline(endpoint):
-            answer = self._follow(registry, "GET", f"{endpoint}/v2/", _authorized({}, authorization))
-            challenge = self._learn(registry, endpoint, answer)
+        url = f"{site.base}/v2/"
+        trail.ask(url)
+        with self._deadline(site.base, seconds):
+            answer = Answer(self._send(site.registry, "GET", url, _authorized({}, authorization)), site)
+            challenge = self._learn(answer)
             if answer.status != 401:
-                raise_for_status(answer, NotFound, lambda errors: Denied(f"{registry.name} refuses", errors=errors))
+                raise_for_status(
+                    answer, NotFound, lambda errors: Denied(f"{site.registry.name} refuses", errors=errors)
+                )
             read_bounded(answer.response)
         if challenge is None and authorization is None:
-            self._challenges[endpoint] = None
+            self._open_until[site.key] = time.monotonic() + OPEN_SECONDS
         return answer.status, challenge
 
     @contextmanager
-    def _deadline(self, url: str) -> Iterator[None]:
+    def _deadline(self, url: str, seconds: float) -> Iterator[None]:
         host = host_of(url)
         late = GatewayTimeout(f"{host} did not answer in time")
-        with gevent.Timeout(self._budget, late), upstream_errors(host):
+        with gevent.Timeout(seconds, late), upstream_errors(host):
             yield
 
-    def _ask(self, endpoint: str, wanted: Wanted) -> Answer:
-        registry, repository = wanted.target
-        url = with_query(f"{endpoint}/v2/{repository}/{wanted.resource}", wanted.query)
-        if wanted.authorization is not None:
-            return self._follow(registry, wanted.method, url, _authorized(wanted.headers, wanted.authorization))
-        token = self._token(registry, endpoint, repository)
-        answer = self._follow(registry, wanted.method, url, _authorized(wanted.headers, token))
-        if (
-            answer.status != 401
-            or answer.redirected
-            or not self._refresh(registry, endpoint, repository, answer, token)
-        ):
-            return answer
-        read_bounded(answer.response)
-        token = self._token(registry, endpoint, repository)
-        return self._follow(registry, wanted.method, url, _authorized(wanted.headers, token))
+    def _follow(
+        self, site: Site, method: str, url: str, headers: Mapping[str, str], own: str | None, trail: Trail
+    ) -> Answer:
+        """Send a request and follow its redirects, as the mirror itself or with a client's `own` Authorization.
 
-    def _refresh(self, registry: Registry, endpoint: str, repository: str, answer: Answer, token: str | None) -> bool:
-        """Learn from a 401 to the mirror itself; tell whether a new token may help."""
-        challenge = self._learn(registry, endpoint, answer)
-        if challenge is None or (token and challenge.parameters.get("error") == "insufficient_scope"):
-            return False
-        if token:
-            self._tokens.drop((endpoint, pull_scope(repository)), token.removeprefix("Bearer "))
-        return True
-
-    def _learn(self, registry: Registry, endpoint: str, answer: Answer) -> Challenge | None:
-        """Return the challenge of an answer, and keep what of it is true of the whole endpoint."""
-        if answer.redirected:
-            return None
-        challenge = Challenge.parse(answer.response.raw.headers.getlist("WWW-Authenticate"))
-        if challenge is not None:
-            check_realm(registry, endpoint, challenge.realm)
-            service = {key: value for key, value in challenge.parameters.items() if key == "service"}
-            self._challenges[endpoint] = Challenge(challenge.realm, service)
-        return challenge
-
-    def _refusal(
-        self, endpoint: str, wanted: Wanted, answer: Answer, errors: list[dict[str, Any]] | None
-    ) -> MirrorError:
-        registry, repository = wanted.target
-        challenge = self._learn(registry, endpoint, answer) or self._challenges.get(endpoint)
-        message = f"{registry.name} has no public image {repository}: it does not exist, or asks for a login"
-        if wanted.authorization:
-            message = f"{registry.name} does not let this login pull {repository}"
-        if not self._login or challenge is None or (wanted.authorization and answer.status == 403):
-            return Denied(message, errors=errors)
-        parameters = {"scope": pull_scope(repository), **challenge.parameters}
-        return Unauthorized(message, Challenge(challenge.realm, parameters), errors)
-
-    def _token(self, registry: Registry, endpoint: str, repository: str) -> str | None:
-        """Return the Authorization with which the mirror itself pulls, or None where none is asked for so far."""
-        challenge = self._challenges.get(endpoint)
-        if challenge is None:
-            return None
-        scope = pull_scope(repository)
-        return "Bearer " + self._tokens.get(
-            (endpoint, scope), lambda: self._fetch_token(registry, endpoint, challenge, scope)
-        )
-
-    def _fetch_token(self, registry: Registry, endpoint: str, challenge: Challenge, scope: str) -> Token:
-        host, asked_at = host_of(challenge.realm), time.monotonic()
-        try:
-            with upstream_errors(host):
-                answer = Answer(self._send(registry, "GET", challenge.token_url(scope), {}), (host,))
-                raise_for_status(answer, NotFound, lambda errors: self._no_token(challenge, scope, errors))
-                return Token.parse(read_bounded(answer.response), asked_at)
-        except (ValueError, RecursionError) as error:
-            raise BadGateway(f"{host} gave no token: {error}") from error
-        except (BadGateway, GatewayTimeout):
-            self._challenges.pop(endpoint, None)  # the realm may have moved: learn it anew
-            raise
-
-    def _no_token(self, challenge: Challenge, scope: str, errors: list[dict[str, Any]] | None) -> MirrorError:
-        message = f"{host_of(challenge.realm)} gives no token for {scope} without a login"
-        if not self._login:
-            return Denied(message, errors=errors)
-        return Unauthorized(message, Challenge(challenge.realm, {**challenge.parameters, "scope": scope}), errors)
-
-    def _follow(self, registry: Registry, method: str, url: str, headers: Mapping[str, str]) -> Answer:
-        """Send a request, and follow its redirects. Authorization goes to no other origin than that of `url`."""
-        start, hosts = origin(url), [host_of(url)]
+        No credential goes to another origin than it is for. Where another registry is redirected to, the mirror
+        answers that one's challenge with a token of its own.
+        """
+        here: Site | None = site
+        start, first = origin(url), host_of(url)
+        trail.ask(url)
         for _ in range(MAX_REDIRECTS + 1):
-            response = self._send(registry, method, url, headers)
+            response = self._ask(site.registry, here, method, url, headers, own)
             location = response.headers.get("Location")
             if response.status_code not in REDIRECTS or location is None:
-                return Answer(response, tuple(hosts))
+                return Answer(response, here)
             read_bounded(response)  # gives the connection back for the next request
             url = next_hop(url, location)
             if origin(url) != start:
-                headers = {name: value for name, value in headers.items() if name != "Authorization"}
-                hosts.append(host_of(url))
-        raise BadGateway(f"{hosts[0]} redirects more than {MAX_REDIRECTS} times")
+                own, start, here = None, origin(url), Site.beyond(site.registry, url)
+            trail.redirect(url)
+        raise BadGateway(f"{first} redirects more than {MAX_REDIRECTS} times")
+
+    def _ask(
+        self, registry: Registry, site: Site | None, method: str, url: str, headers: Mapping[str, str], own: str | None
+    ) -> requests.Response:
+        """Send one request; as the mirror itself, answer a registry's challenge."""
+        if site is None or own is not None:
+            return self._send(registry, method, url, _authorized(headers, own))
+        token = self._authorization(site)
+        response = self._send(registry, method, url, _authorized(headers, token))
+        if response.status_code != 401 or not self._refresh(site, response, token):
+            return response
+        read_bounded(response)
+        return self._send(registry, method, url, _authorized(headers, self._authorization(site)))
+
+    def _refresh(self, site: Site, response: requests.Response, token: str | None) -> bool:
+        """Learn from a 401 to the mirror itself; tell whether asking anew may help."""
+        challenge = self._learn(Answer(response, site))
+        if challenge is None:
+            return False
+        if challenge.scheme == "basic":
+            return token is None and site.account is not None
+        if token and challenge.parameters.get("error") == "insufficient_scope":
+            return False
+        if token:
+            self._tokens.drop((*site.key, pull_scope(site.repository)), token.removeprefix("Bearer "))
+        return True
+
+    def _learn(self, answer: Answer) -> Challenge | None:
+        """Return the challenge of an answer, and keep what of it is true of the whole site."""
+        site = answer.site
+        challenge = Challenge.parse(answer.response.raw.headers.getlist("WWW-Authenticate"))
+        if site is None or challenge is None:
+            return None
+        if challenge.scheme == "bearer":
+            check_realm(site.registry, site.base, challenge.realm)
+        service = {key: value for key, value in challenge.parameters.items() if key == "service"}
+        self._challenges[site.key] = challenge._replace(parameters=service)
+        return challenge
+
+    def _refusal(self, site: Site, wanted: Wanted, answer: Answer, errors: list[dict[str, Any]] | None) -> MirrorError:
+        """Return the error for a registry's 401 or 403; the client is asked to log in where that may help."""
+        registry, repository, _ = wanted.target
+        challenge = self._learn(answer) or self._challenges.get(site.key)
+        message = f"{registry.name} has no public image {repository}: it does not exist, or asks for a login"
+        if wanted.authorization:
+            message = f"{registry.name} does not let this login pull {repository}"
+        elsewhere = answer.site != site or site.base != registry.endpoints[0]  # a client's login does not go there
+        if not self._login or challenge is None or elsewhere or (wanted.authorization and answer.status == 403):
+            return Denied(message, errors=errors)
+        if challenge.scheme == "bearer":
+            challenge = challenge._replace(parameters={"scope": pull_scope(repository), **challenge.parameters})
+        return Unauthorized(message, challenge, errors)
+
+    def _authorization(self, site: Site) -> str | None:
+        """Return the Authorization with which the mirror itself asks, or None where none is asked for so far."""
+        challenge = self._challenges.get(site.key)
+        if challenge is None:
+            return None
+        if challenge.scheme == "basic":
+            return site.account
+        scope = pull_scope(site.repository)
+        return "Bearer " + self._tokens.get((*site.key, scope), lambda: self._fetch_token(site, challenge, scope))
+
+    def _fetch_token(self, site: Site, challenge: Challenge, scope: str) -> Token:
+        try:
+            return self._ask_realm(site, challenge, scope)
+        except MirrorError:
+            self._challenges.pop(site.key, None)  # the realm may have moved: learn it anew
+            raise
+
+    def _ask_realm(self, site: Site, challenge: Challenge, scope: str) -> Token:
+        host, asked_at = host_of(challenge.realm), time.monotonic()
+        with self._deadline(challenge.realm, self._budget):
+            response = self._send(site.registry, "GET", challenge.token_url(scope), _authorized({}, site.account))
+            answer = Answer(response, site)
+            try:
+                raise_for_status(answer, NotFound, lambda errors: self._no_token(site, challenge, scope, errors))
+                return Token.parse(read_bounded(response), asked_at)
+            except (NotFound, Refused, RangeInvalid, ValueError, RecursionError) as error:
+                raise BadGateway(f"{host} gave no token: {error}") from error
+
+    def _no_token(
+        self, site: Site, challenge: Challenge, scope: str, errors: list[dict[str, Any]] | None
+    ) -> MirrorError:
+        message = f"{host_of(challenge.realm)} gives this mirror no token for {scope}"
+        if not self._login or site.base != site.registry.endpoints[0]:
+            return Denied(message, errors=errors)
+        return Unauthorized(message, challenge._replace(parameters={**challenge.parameters, "scope": scope}), errors)
 
     def _send(
         self, registry: Registry, method: str, url: str, headers: Mapping[str, str], body: str | None = None
@@ -801,19 +1324,30 @@ class Upstream:
         """Send one request; return once the head of the answer is there."""
         prepared = requests.PreparedRequest()
         prepared.method, prepared.url, prepared.body = method, url, body
-        prepared.headers = CaseInsensitiveDict({**headers, "User-Agent": USER_AGENT, "Accept-Encoding": "identity"})
+        via = f"{headers['Via']}, 1.1 {VIA}" if "Via" in headers else f"1.1 {VIA}"
+        fixed = {"User-Agent": USER_AGENT, "Accept-Encoding": "identity", "Via": via}
+        prepared.headers = CaseInsensitiveDict({**headers, **fixed})
         if body is not None:
             prepared.headers["Content-Type"] = "application/x-www-form-urlencoded"
             prepared.headers["Content-Length"] = str(len(body))
-        adapter = self._adapters[registry.ca_file]
         host = host_of(url)
+        proxies = self._outbound.proxies(registry, url)
+        if proxies:
+            self._check_behind_proxy(registry, url)
+        send = partial(self._adapters[registry.name].send, prepared, True, self._timeouts, proxies=proxies)
         with gevent.Timeout(self._first_byte, GatewayTimeout(f"{host} did not answer in time")), upstream_errors(host):
             try:
-                return adapter.send(prepared, stream=True, timeout=self._timeouts)
+                return send()
             except requests.ConnectionError as error:
                 if body is not None or not _went_stale(error):
                     raise
-                return adapter.send(prepared, stream=True, timeout=self._timeouts)
+                return send()
+
+    def _check_behind_proxy(self, registry: Registry, url: str) -> None:
+        """Refuse an inner address in a URL; a name is for the proxy to look up, in its own network."""
+        host = urlsplit(url).hostname or ""
+        if is_address(host) and not self._guards[registry.name].admits(host, host):
+            raise BadGateway(f"{host} is a private address, which no registry may lead to")
 
 
 def _authorized(headers: Mapping[str, str], authorization: str | None) -> dict[str, str]:
@@ -834,7 +1368,7 @@ def _went_stale(error: requests.ConnectionError) -> bool:
 
 # What a client may say to upstream, and what upstream may say to a client; all else stays here. Not among them:
 # Set-Cookie, and docker-ratelimit-source, which holds the mirror's own address.
-REQUEST_HEADERS = ("Accept", "Range", "If-Range", "If-None-Match", "If-Modified-Since")
+REQUEST_HEADERS = ("Accept", "Range", "If-Range", "If-None-Match", "If-Modified-Since", "Via")
 RESPONSE_HEADERS = (
     "Accept-Ranges",
     "Cache-Control",
@@ -851,38 +1385,62 @@ RESPONSE_HEADERS = (
     "Retry-After",
     "Warning",
 )
-FIRST_CHUNK, SLOW_CHUNK, FAST_CHUNK = 32 << 10, 16 << 10, 256 << 10  # bytes
 WINDOW = 1 << 20  # bytes after which the rate is looked at
 FAST_RATE = 4_000_000  # bytes per second
 READABLE = 1  # of the event loop's io watchers
+ESTABLISHED = b"\x01"  # TCP_INFO's first byte, linux/tcp.h
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER for 0 seconds
 
 
+class ClientGone(gevent.GreenletExit):
+    """End a request whose client has gone; no `except Exception` on the way takes it for a failure of upstream."""
+
+
 class ClientWatch:
-    """Notice that the client has gone while the transfer waits for upstream, and break the wait off.
+    """Notice that the client has gone while its request waits for upstream, and end the request at once.
 
     As gevent.Timeout does, it throws into the waiting greenlet from the event loop.
     """
 
     def __init__(self, client: socket.socket) -> None:
-        self.gone = False
+        loop = gevent.get_hub().loop
         self._client = client
-        self._watcher = gevent.get_hub().loop.io(client.fileno(), READABLE)
-        self._watcher.start(self._readable, gevent.getcurrent())
+        self._readable = loop.io(client.fileno(), READABLE)
+        self._later = loop.timer(1.0)  # seconds
+        self._readable.start(self._look, gevent.getcurrent())
 
-    def _readable(self, transfer: greenlet) -> None:
-        self._watcher.stop()  # bytes mean that the client lives, and sends its next request early
+    def _look(self, waiting: greenlet) -> None:
+        self._readable.stop()
+        if self._has_gone():
+            self._later.stop()
+            waiting.throw(ClientGone())
+        else:  # it sent its next request early, and may still go
+            self._later.start(self._look, waiting)
+
+    def _has_gone(self) -> bool:
         try:
-            self.gone = self._client.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
-        except OSError:
-            self.gone = True
-        if self.gone:
-            transfer.throw(ConnectionResetError(errno.ECONNRESET, "the client has gone"))
+            return self._client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1) != ESTABLISHED
+        except OSError:  # a Unix socket
+            return self._client.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
 
     def stop(self) -> None:
         """Stop watching."""
-        self._watcher.stop()
-        self._watcher.close()
+        for watcher in (self._readable, self._later):
+            watcher.stop()
+            watcher.close()
+
+
+@contextmanager
+def watched(client: socket.socket | None) -> Iterator[None]:
+    """Watch the client while upstream is asked; raise ClientLeft when it goes. None: a server without gevent."""
+    watch = ClientWatch(client) if client is not None else None
+    try:
+        yield
+    except ClientGone:
+        raise ClientLeft("the client has gone") from None
+    finally:
+        if watch is not None:
+            watch.stop()
 
 
 class Body:
@@ -905,9 +1463,7 @@ class Body:
         if self._client is not None:
             self._watch = ClientWatch(self._client)
         self._since = time.monotonic()
-        remaining = self._answer.response.raw.length_remaining
-        if remaining is None or remaining > FIRST_CHUNK:
-            yield b""  # sends the headers now: containerd waits 30 s for them, a slow line may need as long for a chunk
+        yield self._answer.start  # empty, it sends the headers: containerd waits 30 s for them, a chunk may take longer
         while chunk := self._read():
             yield chunk
 
@@ -928,9 +1484,7 @@ class Body:
         self._window, self._since = 0, now
 
     def _broken(self, error: Exception) -> ConnectionResetError:
-        if self._watch is not None and self._watch.gone:
-            return ConnectionResetError(errno.ECONNRESET, "the client has gone")
-        log.warning("%s broke off in mid-answer: %s", self._answer.hosts[-1], root_cause(error))
+        log.warning("%s broke off in mid-answer: %s", self._answer.host, root_cause(error))
         if self._client is not None:  # a plain close would end an answer without a length as if it were whole
             self._client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
         return ConnectionResetError(errno.ECONNRESET, "upstream broke off")
@@ -950,30 +1504,23 @@ class Relayed(Response):
 
 
 def relay(answer: Answer, method: str, client: socket.socket | None) -> Response:
-    """Return the response that passes `answer` on; `client` is the socket to reset if upstream breaks off.
-
-    Raises BadGateway for a body whose end could not be told from a cut: without a length, and not chunked.
-    """
+    """Return the response that passes `answer` on; `client` is the socket to reset if upstream breaks off."""
     headers = kept(answer.response.headers, RESPONSE_HEADERS)
-    length = headers.get("Content-Length")
-    bodiless = method == "HEAD" or answer.status in (204, 304)
-    framed = bodiless or length is not None or answer.response.raw.chunked
-    if not framed or (length is not None and not re.fullmatch("[0-9]+", length)):
-        answer.response.close()
-        raise BadGateway(f"{answer.hosts[-1]} does not say how long its answer is")
-    if bodiless:
-        read_bounded(answer.response)
+    if method == "HEAD" or answer.status in (204, 304):
         return Relayed(b"", answer.status, headers)
+    if len(answer.start) == int(headers.get("Content-Length", -1)):
+        return Relayed(answer.start, answer.status, headers)
     return Relayed(Body(answer, client), answer.status, headers, direct_passthrough=True)
 
 
-def next_page(link: str, path: str) -> str | None:
+def next_page(header: str, path: str) -> str | None:
     """Return an upstream's Link header with its target at the mirror, ``path``; None where it has no next page."""
-    found = re.fullmatch(r'\s*<([^<>]*)>\s*;\s*rel="?next"?\s*', link)
-    if found is None:
-        return None
-    query = found[1].partition("?")[2].partition("#")[0]
-    return f'<{path}?{query}>; rel="next"'
+    for link in parse_header_links(header):
+        query = link["url"].partition("?")[2].partition("#")[0]
+        relation = {key.lower(): value.lower() for key, value in link.items()}.get("rel")
+        if relation == "next" and re.fullmatch(r"[\x21-\x3b\x3d\x3f-\x7e]+", query):
+            return f'<{path}?{query}>; rel="next"'
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -981,6 +1528,7 @@ def next_page(link: str, path: str) -> str | None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 READS = "GET, HEAD, OPTIONS"
+MAX_MIRRORS = 3  # one after another
 PREFLIGHT = {
     "Access-Control-Allow-Methods": READS,
     "Access-Control-Allow-Headers": "Authorization, Accept, Range, If-None-Match, If-Range",
@@ -999,12 +1547,18 @@ def is_api(path: str) -> bool:
     return path == "/v2" or path.startswith("/v2/")
 
 
+def is_token(path: str) -> bool:
+    """Tell whether a path is that of the token endpoint, of the default registry or of a named one."""
+    return path == "/token" or path.startswith("/token/")
+
+
 def note_request(environ: dict[str, Any]) -> None:
     """Put into the WSGI environment what the access line shows (wsgi.py has its format); the query is not among it."""
     address = environ.get("REMOTE_ADDR", "")
-    if not _is_address(address):  # what X-Forwarded-For holds is anybody's word
+    if not is_address(address):  # what X-Forwarded-For holds is anybody's word
         address = environ.get("werkzeug.proxy_fix.orig", {}).get("REMOTE_ADDR") or "-"
     environ["mirror.client"] = address
+    environ["mirror.upstream"] = Trail()
     environ["mirror.path"] = quote(environ.get("PATH_INFO", "").encode("latin-1"), safe="/:@+=,~")[:500]
 
 
@@ -1018,9 +1572,11 @@ def admit_request() -> Response | None:
     host = environ.get("HTTP_HOST")
     if host is not None and not HOST.fullmatch(host):
         raise BadRequest("the Host header is not valid")
-    if "%2f" in environ.get("RAW_URI", "").partition("?")[0].lower():
-        raise NameInvalid("a slash in the path must not be encoded")
-    if request.method == "OPTIONS" and (is_api(request.path) or request.path == "/token"):
+    if "%2f" in environ.get("RAW_URI", "").partition("?")[0].lower() or "//" in environ["PATH_INFO"]:
+        raise NameInvalid("a slash in the path must be neither encoded nor doubled")
+    if request.headers.get("Via", "").count(VIA) > MAX_MIRRORS:
+        raise BadGateway("this request comes from here: a registry redirects to the mirror, or it is its own fallback")
+    if request.method == "OPTIONS" and (is_api(request.path) or is_token(request.path)):
         return Response(status=204, headers=PREFLIGHT)
     if is_api(request.path) and request.method not in READS.split(", "):
         raise Unsupported("this is a mirror for pulls: push to the registry itself", {"Allow": READS})
@@ -1031,7 +1587,9 @@ def admit_request() -> Response | None:
 # Application
 # ---------------------------------------------------------------------------------------------------------------------
 
+NOBODY = "Og=="  # base64 of a colon
 MAX_FORM = 64 << 10  # bytes of a POST to /token
+MAX_TAGS = 16 << 20  # bytes of a list of tags that is renamed: gcr.io lists all digests in it
 
 
 def create_app(config: Config) -> Flask:
@@ -1040,12 +1598,13 @@ def create_app(config: Config) -> Flask:
     app.config["MAX_CONTENT_LENGTH"] = MAX_FORM
     app.url_map.merge_slashes = False
     app.url_map.strict_slashes = False
-    views = Views(config, load_registries(config.registries))
+    views = Views(config, load_registries(config))
+    app.extensions["docker-mirror"] = views
     app.before_request(admit_request)
     app.after_request(finish_response)
     app.register_error_handler(Exception, views.error)
     for rule, view, methods in views.routes():
-        app.add_url_rule(rule, view.__name__, view, methods=methods)
+        app.add_url_rule(rule, rule, view, methods=methods)
     if config.proxies:
         hops = config.proxies
         app.wsgi_app = ProxyFix(app.wsgi_app, x_for=hops, x_proto=hops, x_host=hops)  # type: ignore[method-assign]
@@ -1056,7 +1615,9 @@ def finish_response(response: Response) -> Response:
     """Add the headers that every answer of the API has."""
     if is_api(request.path):
         response.headers["Docker-Distribution-Api-Version"] = "registry/2.0"
-    if is_api(request.path) or request.path == "/token":
+        if "ns" in g:
+            response.headers["OCI-Namespace"] = g.ns  # OCI distribution spec, "Registry Proxying"
+    if is_api(request.path) or is_token(request.path):
         response.headers.update(CORS)
     return response
 
@@ -1066,8 +1627,7 @@ class Views:
 
     def __init__(self, config: Config, registries: Mapping[str, Registry]) -> None:
         self._config = config
-        self._registries = registries
-        self._docker_io = registries[DOCKER_IO.name]
+        self._router = Router(registries, config.default)
         self._upstream = Upstream(config, registries)
 
     def routes(self) -> list[tuple[str, Callable[..., Response], list[str]]]:
@@ -1075,6 +1635,9 @@ class Views:
         return [
             ("/healthz", self.healthz, ["GET"]),
             ("/token", self.token, ["GET", "POST"]),
+            ("/token/<registry>", self.token, ["GET", "POST"]),
+            ("/v1/_ping", self.index_ping, ["GET"]),
+            ("/v1/search", self.search, ["GET"]),
             ("/v2/", self.ping, ["GET"]),
             ("/v2/_catalog", self.catalog, ["GET"]),
             ("/v2/<path:name>/manifests/<reference>", self.manifest, ["GET"]),
@@ -1083,20 +1646,25 @@ class Views:
             ("/v2/<path:name>/referrers/<digest>", self.referrers, ["GET"]),
         ]
 
+    def close_idle(self) -> None:
+        """Close the connections to upstream that no request uses."""
+        self._upstream.close_idle()
+
     def healthz(self) -> Response:
         """Tell that the process is alive; upstream is not asked."""
         return json_response({"status": "ok"})
 
     def ping(self) -> Response:
         """Answer ``/v2/``: 200, or 401 with the challenge from which dockerd learns where tokens are to be had."""
-        authorization = request.headers.get("Authorization")
-        if self._config.login and authorization is None:
-            challenge = self._upstream.challenge(self._docker_io)
+        registry = self._registry_here()
+        g.target = Target(registry, "")
+        if self._config.login and not request.headers.get("Authorization"):
+            challenge = self._upstream.challenge(registry, trail())
             if challenge is not None:
                 raise Unauthorized("a token is needed, even for public images", challenge)
         own = self._own_authorization()
         if own is not None:
-            self._upstream.admit(self._docker_io, own)
+            self._upstream.admit(registry, own, trail())
         return json_response({})
 
     def catalog(self) -> Response:
@@ -1105,35 +1673,69 @@ class Views:
 
     def manifest(self, name: str, reference: str) -> Response:
         """Pass a manifest on, by tag or digest."""
-        return self._pass(name, f"manifests/{check_reference(reference)}", ManifestUnknown)
+        return self._relay(self._fetch(name, f"manifests/{check_reference(reference)}", ManifestUnknown))
 
     def blob(self, name: str, digest: str) -> Response:
         """Pass a blob on."""
-        return self._pass(name, f"blobs/{check_digest(digest)}", BlobUnknown)
+        return self._relay(self._fetch(name, f"blobs/{check_digest(digest)}", BlobUnknown))
 
     def tags(self, name: str) -> Response:
-        """Pass a list of tags on, a page at a time."""
-        return self._pass(name, "tags/list", NotFound, ("n", "last"))
+        """Pass a list of tags on, a page at a time, under the name by which the client asked."""
+        answer = self._fetch(name, "tags/list", NotFound, ("n", "last"))
+        if request.method == "HEAD" or name == g.target.repository:
+            return self._relay(answer)
+        headers = kept(answer.response.headers, RESPONSE_HEADERS)
+        with upstream_errors(answer.host):
+            body = renamed(answer.start + read_bounded(answer.response, MAX_TAGS), name)
+        headers["Content-Length"] = str(len(body))
+        return self._linked(Relayed(body, answer.status, headers), answer)
 
     def referrers(self, name: str, digest: str) -> Response:
         """Pass the list of what refers to a manifest on."""
-        return self._pass(name, f"referrers/{check_digest(digest)}", ManifestUnknown, ("artifactType", "n", "last"))
+        arguments = ("artifactType", "n", "last")
+        return self._relay(self._fetch(name, f"referrers/{check_digest(digest)}", ManifestUnknown, arguments))
 
-    def token(self) -> Response:
+    def token(self, registry: str | None = None) -> Response:
         """Answer a request for a token: ``anonymous`` at once, or the realm's own answer to a login.
 
         Source: distribution's token specification (GET, and POST as in OAuth2).
         """
-        query = _completed(request.args.to_dict(flat=False))
-        form = _completed(request.form.to_dict(flat=False)) if request.method == "POST" else None
+        named = self._router.named(registry) if registry is not None else self._router.by_host(request.host)
+        meant = set()
+
+        def upstreams_name(name: str) -> str:
+            target = self._router.resolve(request.host, named.name if named else None, name)
+            meant.add(target.registry)
+            return target.repository
+
+        query = with_scopes(request.args.to_dict(flat=False), upstreams_name)
+        form = with_scopes(request.form.to_dict(flat=False), upstreams_name) if request.method == "POST" else None
         basic = basic_login(request.headers.get("Authorization"))
-        if basic is None and not (form and {"password", "refresh_token"} & form.keys()):
+        if basic is None and form is None:
             return anonymous_token()
         if not self._config.login:
             raise Denied("this mirror takes no login: pull without one")
-        reply = self._upstream.login(self._docker_io, query, form, basic)
-        headers = kept(reply.headers, ("Content-Type", "Retry-After"))
+        if len(meant) > 1:
+            raise BadRequest("one token cannot be for two registries")
+        asked = meant.pop() if meant else named or self._router.default
+        reply = self._upstream.login(asked, query, form, basic, trail())
+        headers = kept(reply.headers, ("Content-Type", "Content-Encoding", "Retry-After"))
+        if parse_options_header(headers.get("Content-Type"))[0] == "text/html":
+            raise Refused(reply.status, f"{asked.name} does not accept this login", {}, None)
         return Relayed(reply.body, reply.status, {**headers, "Cache-Control": "no-store"})
+
+    def index_ping(self) -> Response:
+        """Answer ``docker search``'s first question: yes, there is an index here, and no registry of version 1."""
+        return json_response({"standalone": False})
+
+    def search(self) -> Response:
+        """Answer ``docker search`` from the registry's index."""
+        registry = self._registry_here()
+        if registry.search is None:
+            raise NotFound(f"{registry.name} has no index to search")
+        query = {key: request.args[key] for key in ("q", "n", "page") if key in request.args}
+        reply = self._upstream.search(registry, query, trail())
+        return Relayed(reply.body, reply.status, kept(reply.headers, ("Content-Type",)))
 
     def error(self, error: Exception) -> Response:
         """Write any error as OCI JSON; of a bug of ours, only the log tells more."""
@@ -1142,34 +1744,58 @@ class Views:
         if not isinstance(error, MirrorError):
             log.error("%s %s failed", request.method, request.environ.get("mirror.path"), exc_info=error)
             error = MirrorError()
+        if isinstance(error, (BadGateway, GatewayTimeout)):
+            log.warning("%s", error)
         response = json_response({"errors": error.errors}, error.status)
         response.headers.update(error.headers)
+        if isinstance(error, TooManyRequests):
+            response.headers.setdefault("Retry-After", RETRY_AFTER)
         if isinstance(error, Unauthorized):
-            response.headers["WWW-Authenticate"] = error.challenge.at(f"{self._public_url()}/token")
+            response.headers["WWW-Authenticate"] = self._our_challenge(error.challenge, g.target)
         return response
 
-    def _pass(self, name: str, resource: str, missing: type[NotFound], arguments: tuple[str, ...] = ()) -> Response:
-        target = resolve(self._registries, request.args.get("ns"), name)
+    def _fetch(self, name: str, resource: str, missing: type[NotFound], arguments: tuple[str, ...] = ()) -> Answer:
+        ns = request.args.get("ns") or None
+        target = g.target = self._router.resolve(request.host, ns, name)
+        if ns is not None:
+            g.ns = ns
         query = {key: request.args[key] for key in arguments if key in request.args}
         headers = kept(request.headers, REQUEST_HEADERS)
-        environ = request.environ
-        environ["mirror.upstream"] = host_of(target.registry.endpoints[0])
-        answer = self._upstream.fetch(
-            Wanted(target, request.method, resource, query, headers, self._own_authorization(), missing)
-        )
-        environ["mirror.upstream"] = ">".join(answer.hosts)
+        own = self._own_authorization()
+        with watched(client_socket()):
+            return self._upstream.fetch(Wanted(target, request.method, resource, query, headers, own, missing, trail()))
+
+    def _relay(self, answer: Answer) -> Response:
+        return self._linked(relay(answer, request.method, client_socket()), answer)
+
+    def _linked(self, response: Response, answer: Answer) -> Response:
+        """Return the response with the way to its next page, if upstream gave one."""
         link = next_page(answer.response.headers.get("Link", ""), request.path)
-        response = relay(answer, request.method, environ.get("gunicorn.socket"))
         if link is not None:
             response.headers["Link"] = link
         return response
 
+    def _registry_here(self) -> Registry:
+        """Return the registry whose own address the client may take this Host for."""
+        return self._router.by_host(request.host) or self._router.default
+
     def _own_authorization(self) -> str | None:
         """Return the client's own Authorization, or None where the mirror acts as itself."""
         value = request.headers.get("Authorization")
-        if value is None or not self._config.login or value.lower() == f"bearer {ANONYMOUS}":
+        if not value or not self._config.login or value.lower() == f"bearer {ANONYMOUS}":
             return None
         return value
+
+    def _our_challenge(self, challenge: Challenge, target: Target) -> str:
+        """Return the challenge that names the mirror, and the repository as the client does."""
+        if challenge.scheme == "basic":  # the credentials come with each request: there is no token service to name
+            return challenge.at(challenge.realm)
+        parameters = dict(challenge.parameters)
+        if "scope" in parameters:
+            parameters["scope"] = map_scope(parameters["scope"], lambda name: target.prefix + name)
+        plain = target.prefix or target.registry == self._router.default
+        realm = f"{self._public_url()}/token" if plain else f"{self._public_url()}/token/{target.registry.name}"
+        return challenge._replace(parameters=parameters).at(realm)
 
     def _public_url(self) -> str:
         if self._config.public_url is not None:
@@ -1178,15 +1804,40 @@ class Views:
         return f"{scheme}://{request.host}"
 
 
-def _completed(arguments: dict[str, list[str]]) -> dict[str, list[str]]:
-    """Return the arguments of a token request with Docker Hub's full names in each scope."""
-    return {key: [complete_scope(v) for v in values] if key == "scope" else values for key, values in arguments.items()}
+def with_scopes(arguments: dict[str, list[str]], change: Callable[[str], str]) -> dict[str, list[str]]:
+    """Return the arguments of a token request with the repository's name in each scope changed."""
+    return {
+        key: [map_scope(value, change) for value in values] if key == "scope" else values
+        for key, values in arguments.items()
+    }
+
+
+def renamed(body: bytes, name: str) -> bytes:
+    """Return a list of tags with another repository's name, or the bytes as they are where they are no such list."""
+    try:
+        tags = json.loads(body)
+    except (ValueError, RecursionError):
+        return body
+    return json.dumps({**tags, "name": name}).encode() if isinstance(tags, dict) and "name" in tags else body
 
 
 def basic_login(authorization: str | None) -> str | None:
-    """Return a header of Basic credentials, or None where it names no user."""
-    found = Authorization.from_header(authorization)
-    return authorization if found is not None and found.type == "basic" and found.username else None
+    """Return a header of Basic credentials, or None where it is none or names nobody.
+
+    One that cannot be read goes on as well: it is for the realm to refuse it, not for us to take it for no login.
+    """
+    scheme, _, credentials = (authorization or "").partition(" ")
+    return authorization if scheme.lower() == "basic" and credentials.strip() not in ("", NOBODY) else None
+
+
+def trail() -> Trail:
+    """Return where this request notes whom it asks."""
+    return cast(Trail, request.environ["mirror.upstream"])
+
+
+def client_socket() -> socket.socket | None:
+    """Return the connection to the client, None under another server than gunicorn."""
+    return request.environ.get("gunicorn.socket")
 
 
 def anonymous_token() -> Response:

@@ -74,14 +74,20 @@ def send_raw(mirror: Mirror, text: bytes) -> bytes:
 
 
 class Lab:
-    """Run a mirror whose Docker Hub is a `RawUpstream`, or several on other addresses; keywords are its settings."""
+    """Run a mirror whose Docker Hub is a `RawUpstream`; `more` ends its registries file, keywords are its settings."""
 
     def __init__(
-        self, upstream: RawUpstream | None = None, realms: tuple[str, ...] = (), ca: str = "", **settings: Any
+        self,
+        upstream: RawUpstream | None = None,
+        realms: tuple[str, ...] = (),
+        ca: str = "",
+        more: str = "",
+        **settings: Any,
     ):
         self.upstream = upstream or RawUpstream()
         self._realms = realms
         self._ca = ca
+        self._more = more
         self._settings = settings
         self._stack = ExitStack()
         self.name = "app"
@@ -103,7 +109,9 @@ class Lab:
             file = folder / "registries.toml"
             realms = json.dumps([self.upstream.url, *self._realms])
             ca = f'ca_file = "{self._ca}"' if self._ca else ""
-            file.write_text(f'["docker.io"]\nendpoints = ["{self.upstream.url}"]\nrealms = {realms}\n{ca}\n')
+            file.write_text(
+                f'["docker.io"]\nendpoints = ["{self.upstream.url}"]\nrealms = {realms}\n{ca}\n{self._more}\n'
+            )
             self.mirror = self._stack.enter_context(Mirror(registries=file, **self._settings))
             self._stack = self._stack.pop_all()
         return self

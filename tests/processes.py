@@ -16,6 +16,7 @@ from typing import Self
 
 # Daemons live in sbin, which is not on an ordinary user's PATH.
 SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/sbin", "/usr/sbin", "/sbin"])
+HELD_PORTS: list[socket.socket] = []
 PROXY_VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
 
 
@@ -29,10 +30,15 @@ def find_program(name: str) -> str | None:
 
 
 def free_port(host: str) -> int:
-    """Return a TCP port that nobody listens on at this address."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+    """Return a TCP port that nobody listens on at this address, and that nobody else is given while the tests run.
+
+    It stays bound, though not listened on: a server with SO_REUSEADDR, as all have, can still have it.
+    """
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind((host, 0))
+    HELD_PORTS.append(held)
+    return int(held.getsockname()[1])
 
 
 def clean_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -3,6 +3,7 @@
 import re
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,6 +20,8 @@ from processes import removed_afterwards
 
 HOST = "127.0.0.1"
 ROOT = Path(__file__).resolve().parent.parent
+# As deploy.sh runs it, but for the graceful timeout: a test does not wait for its transfers.
+SERVED_AS = ("--worker-connections", "2000", "--keep-alive", "75", "--graceful-timeout", "1")
 
 
 class AccessLine(NamedTuple):
@@ -58,11 +61,12 @@ class Mirror:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._stack.close()
+        # gunicorn takes a second to end, and the next test need not wait for that; the tests' end does.
+        threading.Thread(target=self._stack.close).start()
 
     def _command(self) -> list[str]:
-        gunicorn = [sys.executable, "-m", "gunicorn", "-c", "python:wsgi", "-k", "gevent", "-b", self.host]
-        return [*gunicorn, "--no-control-socket", *self._options, "wsgi:app"]
+        gunicorn = [sys.executable, "-m", "gunicorn", "-c", "python:wsgi", "-b", self.host]
+        return [*gunicorn, *SERVED_AS, *self._options, "wsgi:app"]
 
     def _environment(self) -> dict[str, str]:
         inherited = {name: value for name, value in clean_environment().items() if not name.startswith("MIRROR_")}

@@ -10,6 +10,7 @@ from lab import DIGEST
 from lab import Lab
 from lab import guard
 from lab import reply_json
+from lab import send_raw
 from upstream import RawUpstream
 from upstream import Request
 from upstream import head_of
@@ -133,6 +134,15 @@ def test_a_head_stays_head_and_keeps_what_clients_need(lab: Lab) -> None:
     assert answer.headers["content-type"] == headers["Content-Type"]
 
 
+def test_a_head_sends_nothing_after_its_head(lab: Lab) -> None:
+    lab.upstream.answers[lab.manifest] = reply(200, b"x" * 1234)
+    for path in (lab.path, "/v2/", "/v2/nothing/manifests/x", "/v2/BAD/manifests/x"):
+        raw = send_raw(lab.mirror, f"HEAD {path} HTTP/1.1\r\nHost: m\r\nConnection: close\r\n\r\n".encode())
+        assert raw.startswith(b"HTTP/1.1 ")
+        assert raw.endswith(b"\r\n\r\n")
+        assert raw.count(b"\r\n\r\n") == 1
+
+
 def test_a_head_without_a_length_invents_none(lab: Lab) -> None:
     lab.upstream.answers[lab.manifest] = reply(200, b"", {"X-Unframed": "1"})
     assert "content-length" not in lab.ask(lab.path, method="HEAD").headers
@@ -194,6 +204,13 @@ def test_authorization_is_kept_on_the_same_host(lab: Lab) -> None:
     assert lab.upstream.asked("/data")[0].headers["authorization"] == "Bearer the-clients-own"
 
 
+def test_a_mirror_that_is_led_to_itself_stops() -> None:
+    with Lab() as lab:
+        lab.upstream.answers[BLOB] = reply(307, b"", {"Location": lab.mirror.url + BLOB})
+        assert lab.ask(BLOB_PATH).status == 502
+        assert len(lab.upstream.requests) < 10
+
+
 def test_a_cookie_is_neither_kept_nor_sent(lab: Lab) -> None:
     lab.upstream.answers["/data"] = reply(200, b"found")
     lab.upstream.answers[BLOB] = reply(307, b"", {"Location": "/data", "Set-Cookie": "a=b; Path=/"})
@@ -246,7 +263,19 @@ def test_the_link_to_the_next_page_leads_to_the_mirror(lab: Lab, link: str) -> N
     assert lab.upstream.requests[0].target == f"{path}?n=2&last=0"
 
 
-@pytest.mark.parametrize("link", ["</x>; rel=prev", "nonsense", "<a<b>>; rel=next", ""])
+@pytest.mark.parametrize(
+    "link",
+    ['</x?last=b>; rel="next"; title=x', "</x?last=b>; REL=NEXT", '</x?n=1>; rel="prev", </x?last=b>; rel="next"'],
+)
+def test_the_next_page_is_found_however_it_is_written(lab: Lab, link: str) -> None:
+    lab.upstream.answers[f"/v2/library/{lab.name}/tags/list"] = reply_json(200, {}, {"Link": link})
+    answer = lab.ask(f"/v2/{lab.name}/tags/list")
+    assert answer.headers["link"] == f'</v2/{lab.name}/tags/list?last=b>; rel="next"'
+
+
+@pytest.mark.parametrize(
+    "link", ["</x?a=\x01b>; rel=next", '</x?"<>; rel=next', "</x>; rel=prev", "nonsense", "<a<b>>; rel=next", ""]
+)
 def test_another_link_is_left_out(lab: Lab, link: str) -> None:
     lab.upstream.answers[f"/v2/library/{lab.name}/tags/list"] = reply_json(200, {}, {"Link": link})
     assert "link" not in lab.ask(f"/v2/{lab.name}/tags/list").headers
@@ -289,9 +318,12 @@ def test_a_connection_that_is_closed_instead_of_an_answer_is_tried_once_more(lab
 
 
 def test_the_access_line_names_the_host_that_was_redirected_to(lab: Lab, cdn: RawUpstream) -> None:
+    cdn.answers["/data"] = reply(403)  # an error's line tells it too
     lab.upstream.answers[BLOB] = reply(307, b"", {"Location": f"{cdn.url}/data?signature=secret"})
     since = lab.mirror.mark()
     lab.ask(BLOB_PATH)
     lab.mirror.wait_for_requests(1, since)
-    assert lab.mirror.log(since).endswith(f" {lab.upstream.host}>{cdn.host}\n")
+    log = lab.mirror.log(since)
+    assert log.endswith(f" {lab.upstream.host}>{cdn.host}\n")
+    assert f"[WARNING] {cdn.host} answered 403" in log
     assert "secret" not in lab.mirror.log()

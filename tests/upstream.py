@@ -62,7 +62,7 @@ def head_of(answer: bytes) -> bytes:
 
 
 class RawUpstream:
-    """Listen on a loopback address; answer by path, or with 404; record all requests.
+    """Listen on a loopback address; answer by path, all others with the default, a 404; record all requests.
 
     `closed` is set when a client has closed a connection. With a `context` it speaks TLS.
     """
@@ -74,6 +74,7 @@ class RawUpstream:
         self.host = f"{host}:{self._listener.getsockname()[1]}"
         self.url = f"{scheme}://{self.host}"
         self.answers: dict[str, Answer] = {}
+        self.default: Answer = reply_json(404, {"errors": [{"code": "NAME_UNKNOWN"}]})
         self.requests: list[Request] = []
         self.connections = 0
         self.closed = threading.Event()
@@ -115,7 +116,7 @@ class RawUpstream:
 
     def _answer(self, request: Request, connection: socket.socket) -> bool:
         """Send the answer; tell whether the connection stays open for the next request."""
-        answer = self.answers.get(request.path, reply_json(404, {"errors": [{"code": "NAME_UNKNOWN"}]}))
+        answer = self.answers.get(request.path, self.default)
         if callable(answer):
             answer(request, connection)
             return False
@@ -138,8 +139,7 @@ def _is_whole(answer: bytes) -> bool:
     head, _, body = answer.partition(b"\r\n\r\n")
     fields = dict(line.lower().split(b": ", 1) for line in head.split(b"\r\n")[1:] if b": " in line)
     chunked = fields.get(b"transfer-encoding") == b"chunked" and body.endswith(b"0\r\n\r\n")
-    status = int(head.split()[1])
-    return chunked or status == 304 or fields.get(b"content-length") == str(len(body)).encode()
+    return chunked or head.startswith(b"HTTP/1.1 304") or fields.get(b"content-length") == str(len(body)).encode()
 
 
 def token_realm(url: str) -> str:
