@@ -1700,29 +1700,45 @@ class Views:
 
         Source: distribution's token specification (GET, and POST as in OAuth2).
         """
-        named = self._router.named(registry) if registry is not None else self._router.by_host(request.host)
+        here = self._router.named(registry) if registry is not None else self._registry_here()
+        basic = basic_login(request.headers.get("Authorization"))
+        if basic is None and request.method == "GET":
+            return anonymous_token()
+        if not self._config.login:
+            raise Denied("this mirror takes no login: pull without one")
+        reply = self._log_in(here, registry, basic)
+        if reply is None:
+            return anonymous_token()
+        headers = kept(reply.headers, ("Content-Type", "Content-Encoding", "Retry-After"))
+        if parse_options_header(headers.get("Content-Type"))[0] == "text/html":
+            raise Refused(reply.status, f"{here.name} does not accept this login", {}, None)
+        return Relayed(reply.body, reply.status, {**headers, "Cache-Control": "no-store"})
+
+    def _log_in(self, here: Registry, named: str | None, basic: str | None) -> Reply | None:
+        """Return the realm's reply to a login; None where the client may still pull what is public.
+
+        A client has one login for this host, and sends it for whatever registry a path names. Where that one is not
+        `here`, the registry that the host or `named` stands for, and knows no such login, the pull goes on without.
+        """
         meant = set()
 
         def upstreams_name(name: str) -> str:
-            target = self._router.resolve(request.host, named.name if named else None, name)
+            target = self._router.resolve(request.host, named, name)
             meant.add(target.registry)
             return target.repository
 
         query = with_scopes(request.args.to_dict(flat=False), upstreams_name)
         form = with_scopes(request.form.to_dict(flat=False), upstreams_name) if request.method == "POST" else None
-        basic = basic_login(request.headers.get("Authorization"))
-        if basic is None and form is None:
-            return anonymous_token()
-        if not self._config.login:
-            raise Denied("this mirror takes no login: pull without one")
         if len(meant) > 1:
             raise BadRequest("one token cannot be for two registries")
-        asked = meant.pop() if meant else named or self._router.default
-        reply = self._upstream.login(asked, query, form, basic, trail())
-        headers = kept(reply.headers, ("Content-Type", "Content-Encoding", "Retry-After"))
-        if parse_options_header(headers.get("Content-Type"))[0] == "text/html":
-            raise Refused(reply.status, f"{asked.name} does not accept this login", {}, None)
-        return Relayed(reply.body, reply.status, {**headers, "Cache-Control": "no-store"})
+        asked = meant.pop() if meant else here
+        try:
+            reply = self._upstream.login(asked, query, form, basic, trail())
+        except BadRequest:
+            if asked == here:
+                raise
+            return None
+        return None if asked != here and reply.status in (400, 401, 403, 404, 405) else reply
 
     def index_ping(self) -> Response:
         """Answer ``docker search``'s first question: yes, there is an index here, and no registry of version 1."""

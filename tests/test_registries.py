@@ -230,6 +230,22 @@ def test_one_token_for_two_registries_is_refused(lab: Lab) -> None:
     assert lab.ask(f"/token?{scopes}", {"Authorization": BASIC}).status == 400
 
 
+def test_a_login_that_another_registry_does_not_know_does_not_hinder_a_pull(lab: Lab, other: RawUpstream) -> None:
+    other.answers["/v2/"] = refuse(token_realm(other.url), "others-service", None)
+    other.answers["/realm"] = reply_json(401, {"details": "unknown user"})
+    other.answers["/v2/owner/new/manifests/latest"] = refuse(token_realm(other.url), "others-service")
+    lab.ask("/v2/other.test/owner/new/manifests/latest")
+    login = {"Authorization": BASIC}
+    assert lab.ask("/token?scope=repository:other.test/owner/app:pull", login).json["token"] == "anonymous"
+    assert lab.ask("/token/other.test?scope=repository:owner/app:pull", login).status == 401, "it is meant for that one"
+    assert lab.ask("/token", {**login, "Host": "other.mirror.example"}).status == 401
+
+
+def test_an_anonymous_token_is_given_for_any_scope_so_that_the_pull_can_say_what_is_wrong(lab: Lab) -> None:
+    assert lab.ask("/token?scope=repository:evil.example/app:pull").json["token"] == "anonymous"
+    assert lab.ask("/v2/evil.example/app/manifests/latest").code == "DENIED"
+
+
 def test_a_token_of_a_registry_that_is_not_served_is_refused(lab: Lab) -> None:
     assert lab.ask("/token/evil.example").status == 403
 
