@@ -33,9 +33,18 @@ address = "@FOLDER@/containerd.sock"
 """
 
 HOSTS_TOML = """\
-server = "https://registry-1.docker.io"
+server = "https://@SERVER@"
 [host."@URL@"]
 capabilities = ["pull", "resolve"]
+"""
+
+PREFIXED_CONF = """\
+
+[[registry]]
+location = "@REGISTRY@"
+[[registry.mirror]]
+location = "@HOST@/@REGISTRY@"
+insecure = true
 """
 
 REGISTRIES_CONF = """\
@@ -166,19 +175,29 @@ class Dockerd(Client):
         """Run `ctr` on this daemon's containerd; dockerd's own things are in the namespace `moby`."""
         return self.run("ctr", "--address", self.containerd_socket, "--namespace", namespace, *arguments)
 
-    def ctr_pull(self, image: str, *options: str) -> Result:
-        """Pull a full image name with containerd, through the mirror as a host of docker.io."""
-        self.write("hosts/docker.io/hosts.toml", HOSTS_TOML.replace("@URL@", self.mirror_url))
+    def ctr_pull(self, image: str, *options: str, mirror_url: str = "") -> Result:
+        """Pull a full image name with containerd, through the mirror, or another one, as a host of its registry."""
+        registry = image.partition("/")[0]
+        hosts_toml = HOSTS_TOML.replace("@SERVER@", "registry-1.docker.io" if registry == "docker.io" else registry)
+        self.write(f"hosts/{registry}/hosts.toml", hosts_toml.replace("@URL@", mirror_url or self.mirror_url))
         hosts = str(self.folder / "hosts")
         return self.ctr("images", "pull", "--hosts-dir", hosts, "--snapshotter", "native", *options, image)
 
 
 class ContainersTool(Client):
-    """Run a client of the containers/image family, with the mirror as a mirror of docker.io and as a plain registry."""
+    """Run a client of the containers/image family, with the mirror as a mirror of docker.io and as a plain registry.
+
+    Of the other registries it is a mirror too, with their names in its paths.
+    """
+
+    def __init__(self, mirror_url: str, *registries: str):
+        super().__init__(mirror_url)
+        self._registries = registries
 
     def start(self) -> None:
         """Write the files that these clients look for."""
-        registries = REGISTRIES_CONF.replace("@HOST@", self.mirror_host)
+        blocks = [REGISTRIES_CONF, *(PREFIXED_CONF.replace("@REGISTRY@", name) for name in self._registries)]
+        registries = "".join(blocks).replace("@HOST@", self.mirror_host)
         self.registries_conf = self.write(".config/containers/registries.conf", registries)
         self.write(".config/containers/policy.json", json.dumps({"default": [{"type": "insecureAcceptAnything"}]}))
         self.write("auth.json", "{}")

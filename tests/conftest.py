@@ -10,7 +10,11 @@ from clients import Podman
 from clients import Skopeo
 from hub import Hub
 from processes import find_program
+from registries import BasicRegistry
+from registries import OpenRegistry
 from serving import Mirror
+
+pytest.register_assert_rewrite("pulls")
 
 
 def needs(*parts: str) -> None:
@@ -36,6 +40,27 @@ def hub() -> Iterator[Hub]:
 
 
 @pytest.fixture(scope="session")
+def open_registry(hub: Hub) -> Iterator[OpenRegistry]:
+    """Run a registry without auth that redirects to another one without auth."""
+    with OpenRegistry(hub) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def guarded_registry(hub: Hub) -> Iterator[OpenRegistry]:
+    """Run a registry without auth that redirects to one that asks for a token."""
+    with OpenRegistry(hub, guarded=True) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def basic_registry(hub: Hub) -> Iterator[BasicRegistry]:
+    """Run a registry that asks for Basic."""
+    with BasicRegistry(hub) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
 def mirror(hub: Hub) -> Iterator[Mirror]:
     """Run the mirror of that hub with its default settings."""
     with Mirror(registries=hub.registries_file) as running:
@@ -48,6 +73,13 @@ def dockerd(mirror: Mirror) -> Iterator[Dockerd]:
     needs("root", "dockerd", "docker", "containerd", "ctr")
     with Dockerd(mirror.url) as running:
         yield running
+
+
+@pytest.fixture
+def docker(dockerd: Dockerd) -> Dockerd:
+    """Give dockerd and its containerd without any image."""
+    dockerd.forget_images()
+    return dockerd
 
 
 @pytest.fixture(scope="session")

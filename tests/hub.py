@@ -11,15 +11,12 @@ Authorization when a redirect changes the host; with three addresses the tests c
 import base64
 import hashlib
 import json
-import os
-import re
 import secrets
 import shutil
 import ssl
-import tempfile
 import threading
 import time
-from contextlib import ExitStack
+from collections.abc import Mapping
 from datetime import UTC
 from datetime import datetime
 from http.server import BaseHTTPRequestHandler
@@ -34,16 +31,14 @@ from urllib.parse import parse_qs
 from urllib.parse import urlsplit
 
 import jwt
-import requests
 import trustme
 from images import MIB
-from images import Content
-from images import Repository
 from images import random_bytes
 from images import repositories
-from processes import Process
-from processes import free_port
-from processes import removed_afterwards
+from parts import NginxRequest
+from parts import Premises
+from parts import RegistryRequest
+from parts import server_context
 
 REGISTRY_HOST = "127.0.0.2"
 TOKEN_HOST = "127.0.0.3"
@@ -56,91 +51,36 @@ PRIVATE = "private/"
 BLOBS = Path("docker/registry/v2/blobs/sha256")
 REPOSITORIES = Path("docker/registry/v2/repositories")
 
-# Configuration files are written as templates: nginx's own braces rule out format strings.
-REGISTRY_CONFIG = """\
-version: 0.1
-log: {level: error, accesslog: {disabled: false}}
-storage:
-  filesystem: {rootdirectory: "@STORAGE@"}
-  cache: {blobdescriptor: inmemory}
+REDIRECT_TO_CDN = """\
 middleware:
   storage:
     - name: redirect
       options: {baseurl: "@CDN@"}
-http:
-  addr: "@ADDRESS@"
-  secret: "of the tests"
-  tls: {certificate: "@CERT@", key: "@CERT@"}
+"""
+
+TOKEN_AUTH = """\
 auth:
   token: {realm: "@REALM@", service: "@SERVICE@", issuer: "@ISSUER@", rootcertbundle: "@CA@"}
 """
 
-NGINX_CONFIG = """\
-daemon off;
-worker_processes 1;
-@USER@
-pid "@FOLDER@/nginx.pid";
-error_log stderr;
-events { worker_connections 1000; }
-http {
-    default_type application/octet-stream;
-    map $http_authorization $bears { default authorized; "" anonymous; }
-    log_format cdn '$request_method $uri $status $bears $http_range';
-    access_log "@FOLDER@/requests.log" cdn;
-    client_body_temp_path "@FOLDER@/body";
-    proxy_temp_path "@FOLDER@/proxy";
-    fastcgi_temp_path "@FOLDER@/fastcgi";
-    uwsgi_temp_path "@FOLDER@/uwsgi";
-    scgi_temp_path "@FOLDER@/scgi";
-    sendfile on;
-    tcp_nopush on;
-    keepalive_timeout 300;
-    keepalive_requests 100000;
-    ssl_certificate "@CERT@";
-    ssl_certificate_key "@CERT@";
-    ssl_session_cache shared:cdn:4m;
-    server {
-        listen @ADDRESS@ ssl backlog=1024;
-        root "@STORAGE@";
-        # S3 and R2 answer so to a second kind of credentials besides those in the signed URL.
-        if ($http_authorization != "") { return 400; }
-    }
-}
-"""
-
-REGISTRIES_TOML = """\
-["docker.io"]
-endpoints = ["@REGISTRY@"]
-realms = ["@REALM@"]
-ca_file = "@CA@"
+CDN_RULES = """\
+root "@STORAGE@";
+# S3 and R2 answer so to a second kind of credentials besides those in the signed URL.
+if ($http_authorization != "") { return 400; }
 """
 
 
 class TokenRequest(NamedTuple):
-    """Record what the token service was asked; `authorization` is the header's value, None without the header."""
+    """Record what the token service was asked, and from which address.
+
+    `authorization` is the header's value, None without the header.
+    """
 
     method: str
     query: dict[str, list[str]]
     authorization: str | None
     form: dict[str, list[str]]
-
-
-class RegistryRequest(NamedTuple):
-    """Record what the registry was asked; the path includes the query."""
-
-    method: str
-    path: str
-    status: int
-
-
-class CdnRequest(NamedTuple):
-    """Record what the CDN was asked; `range` is the header's value, "-" without the header."""
-
-    method: str
-    path: str
-    status: int
-    authorized: bool
-    range: str
+    peer: str
 
 
 class Refused(Exception):
@@ -164,9 +104,12 @@ class TokenService:
         self._chain = [base64.b64encode(ssl.PEM_cert_to_DER_cert(signer.cert_chain_pems[0].bytes().decode())).decode()]
         self._refresh_tokens: dict[str, str] = {}
         self._server = _TokenServer((TOKEN_HOST, 0), _TokenHandler, self)
-        _server_context(authority, TOKEN_HOST, self._server)
+        context = server_context(authority, TOKEN_HOST)
+        # The handshake is left to each request's own thread.
+        self._server.socket = context.wrap_socket(self._server.socket, server_side=True, do_handshake_on_connect=False)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
         self.url = f"https://{TOKEN_HOST}:{self._server.server_address[1]}"
+        self.config = {"realm": f"{self.url}/token", "service": SERVICE, "issuer": ISSUER}  # of TOKEN_AUTH
         self.expires_in = 300
         self.delay = 0.0
         self.requests: list[TokenRequest] = []
@@ -202,6 +145,11 @@ class TokenService:
         claims = {"iss": ISSUER, "aud": SERVICE, "sub": user, "jti": secrets.token_hex(8), "access": access}
         times = {"iat": now, "nbf": now - 10, "exp": now + self.expires_in}
         return jwt.encode(claims | times, self._key, "ES256", headers={"x5c": self._chain})
+
+    def push_authorization(self, repository: str) -> dict[str, str]:
+        """Return the header that lets its bearer pull and push one repository."""
+        access = {"type": "repository", "name": repository, "actions": ["pull", "push"]}
+        return {"Authorization": f"Bearer {self.sign(USER, [access])}"}
 
     def _user_of_form(self, form: dict[str, list[str]]) -> str:
         values = {name: value for name, (value, *_) in form.items()}
@@ -247,7 +195,8 @@ class _TokenHandler(BaseHTTPRequestHandler):
 
     def _handle(self, form: dict[str, list[str]]) -> None:
         url = urlsplit(self.path)
-        request = TokenRequest(self.command, parse_qs(url.query), self.headers.get("Authorization"), form)
+        authorization = self.headers.get("Authorization")
+        request = TokenRequest(self.command, parse_qs(url.query), authorization, form, self.client_address[0])
         if url.path != "/token":
             return self._send(404, {"details": "the only path is /token"})
         try:
@@ -267,111 +216,32 @@ class _TokenHandler(BaseHTTPRequestHandler):
         """Write nothing: the tests read TokenService.requests."""
 
 
-class Hub:
+class Hub(Premises):
     """Run registry, token service and CDN, filled with the images of images.py, below one temporary directory."""
 
     def __init__(self) -> None:
-        self._stack = ExitStack()
+        super().__init__(trustme.CA())
 
-    def __enter__(self) -> Self:
-        with self._stack:
-            self.folder = self._stack.enter_context(removed_afterwards(Path(tempfile.mkdtemp(prefix="hub-"))))
-            self._start()
-            self._stack = self._stack.pop_all()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._stack.close()
-
-    def _start(self) -> None:
-        authority = trustme.CA()
-        self.ca_file = self.folder / "ca.pem"
-        authority.cert_pem.write_to_path(self.ca_file)
+    def start(self) -> None:
+        """Start the three parts and push the images."""
         self.storage = self.folder / "storage"
         (self.storage / BLOBS).mkdir(parents=True)
-        self.session = _session(self.ca_file)
-        self._stack.callback(self.session.close)
-        self.tokens = self._stack.enter_context(TokenService(authority))
-        self.cdn_url = f"https://{CDN_HOST}:{free_port(CDN_HOST)}"
-        self.registry_url = f"https://{REGISTRY_HOST}:{free_port(REGISTRY_HOST)}"
-        cdn, registry = self._start_cdn(authority), self._start_registry(authority)
-        self.registries_file = self._write("registries.toml", self.registries_toml())
+        self.tokens = self._stack.enter_context(TokenService(self.authority))
+        self._cdn = self.nginx("cdn", CDN_HOST, CDN_RULES, storage=self.storage)
+        more, values = REDIRECT_TO_CDN + TOKEN_AUTH, {"cdn": self._cdn.url, "ca": self.ca_file, **self.tokens.config}
+        self._registry = self.docker_registry("registry", REGISTRY_HOST, self.storage, more, **values)
+        self.cdn_url, self.registry_url = self._cdn.url, self._registry.url
+        self.registries_file = write_registries(self.folder / "registries.toml", {"docker.io": self.table()})
         self.repositories = {repository.name: repository for repository in repositories()}
-        cdn.wait_until(lambda: self._answers(self.cdn_url))
-        registry.wait_until(lambda: self._answers(self.registry_url))
+        for part in (self._cdn, self._registry):
+            part.wait()
         for repository in self.repositories.values():
-            self._push(repository)
+            self._registry.push(repository, self.tokens.push_authorization(repository.name))
         self.forget()
 
-    def _start_cdn(self, authority: trustme.CA) -> Process:
-        folder = self.folder / "cdn"
-        folder.mkdir()
-        # Started by root, nginx's worker would be another user, who cannot read a temporary directory.
-        user = "user root root;" if os.geteuid() == 0 else ""
-        config = self._write("nginx.conf", NGINX_CONFIG, folder=folder, user=user, **self._serves(authority, CDN_HOST))
-        command = ["nginx", "-e", "stderr", "-p", str(folder), "-c", str(config)]
-        return self._stack.enter_context(Process(command, self.folder / "cdn.log"))
-
-    def _start_registry(self, authority: trustme.CA) -> Process:
-        names = {"cdn": self.cdn_url, "realm": f"{self.tokens.url}/token", "service": SERVICE, "issuer": ISSUER}
-        config = self._write("registry.yml", REGISTRY_CONFIG, **names, **self._serves(authority, REGISTRY_HOST))
-        command = ["docker-registry", "serve", str(config)]
-        return self._stack.enter_context(Process(command, self.folder / "registry.log"))
-
-    def _serves(self, authority: trustme.CA, host: str) -> dict[str, object]:
-        """Return what both servers' configuration files have in common."""
-        certificate = self.folder / f"{host}.pem"
-        authority.issue_cert(host).private_key_and_cert_chain_pem.write_to_path(certificate)
-        url = self.cdn_url if host == CDN_HOST else self.registry_url
-        return {"address": urlsplit(url).netloc, "cert": certificate, "ca": self.ca_file, "storage": self.storage}
-
-    def _write(self, name: str, template: str, **values: object) -> Path:
-        for key, value in values.items():
-            template = template.replace(f"@{key.upper()}@", str(value))
-        path = self.folder / name
-        path.write_text(template)
-        return path
-
-    def _answers(self, url: str) -> bool:
-        try:
-            return self.session.get(f"{url}/v2/", timeout=5).status_code in (401, 404)
-        except requests.ConnectionError:
-            return False
-
-    def registries_toml(self) -> str:
-        """Return the registries file that makes the mirror take this hub for docker.io."""
-        values = {"@REGISTRY@": self.registry_url, "@REALM@": self.tokens.url, "@CA@": str(self.ca_file)}
-        return re.sub("@[A-Z]+@", lambda match: values[match[0]], REGISTRIES_TOML)
-
-    def push_authorization(self, repository: str) -> dict[str, str]:
-        """Return the header that lets its bearer pull and push one repository."""
-        access = {"type": "repository", "name": repository, "actions": ["pull", "push"]}
-        return {"Authorization": f"Bearer {self.tokens.sign(USER, [access])}"}
-
-    def _push(self, repository: Repository) -> None:
-        for image in repository.images:
-            for blob in (image.config, *image.layers):
-                self._push_blob(repository.name, blob)
-            self._push_manifest(repository.name, image.manifest.digest, image.manifest)
-        for tag in repository.tags:
-            self._push_manifest(repository.name, tag, repository.top())
-
-    def _push_blob(self, repository: str, blob: Content) -> None:
-        headers = self.push_authorization(repository)
-        started = self.session.post(f"{self.registry_url}/v2/{repository}/blobs/uploads/", headers=headers)
-        started.raise_for_status()
-        upload = self.session.put(
-            started.headers["Location"],
-            params={"digest": blob.digest},
-            data=blob.data,
-            headers=headers | {"Content-Type": "application/octet-stream"},
-        )
-        upload.raise_for_status()
-
-    def _push_manifest(self, repository: str, reference: str, manifest: Content) -> None:
-        headers = self.push_authorization(repository) | {"Content-Type": manifest.media_type}
-        url = f"{self.registry_url}/v2/{repository}/manifests/{reference}"
-        self.session.put(url, data=manifest.data, headers=headers).raise_for_status()
+    def table(self) -> dict[str, object]:
+        """Return the table of the registries file that makes the mirror take this hub for a registry."""
+        return {"endpoints": [self.registry_url], "realms": [self.tokens.url], "ca_file": str(self.ca_file)}
 
     def add_blob(self, repository: str, size: int) -> str:
         """Put a blob of so many bytes straight into the registry's storage and return its digest.
@@ -399,36 +269,36 @@ class Hub:
 
     def registry_requests(self) -> list[RegistryRequest]:
         """Return what the registry was asked since the last forget()."""
-        log = (self.folder / "registry.log").read_text()
-        found = re.findall(r'"([A-Z]+) (\S+) HTTP/[\d.]+" (\d{3}) ', log)
-        return [RegistryRequest(method, path, int(status)) for method, path, status in found]
+        return self._registry.requests()
 
-    def cdn_requests(self) -> list[CdnRequest]:
+    def cdn_requests(self) -> list[NginxRequest]:
         """Return what the CDN was asked since the last forget()."""
-        lines = [line.split(maxsplit=4) for line in (self.folder / "cdn/requests.log").read_text().splitlines()]
-        return [CdnRequest(line[0], line[1], int(line[2]), line[3] == "authorized", line[4]) for line in lines]
+        return self._cdn.requests()
+
+    def peers(self) -> dict[str, set[str]]:
+        """Return the addresses from which each part was asked since the last forget()."""
+        return {
+            "registry": {request.peer for request in self.registry_requests()},
+            "token service": {request.peer for request in self.tokens.requests},
+            "CDN": {request.peer for request in self.cdn_requests()},
+        }
 
     def forget(self) -> None:
         """Clear the records of all three parts; call it while no request is under way."""
         self.tokens.requests.clear()
-        # Both servers write with O_APPEND, so that their next line stands at the beginning again.
-        for log in ("registry.log", "cdn/requests.log"):
-            os.truncate(self.folder / log, 0)
+        self._registry.forget()
+        self._cdn.forget()
 
 
-def _server_context(authority: trustme.CA, host: str, server: ThreadingHTTPServer) -> None:
-    """Make a server speak TLS; the handshake is left to each request's own thread."""
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    authority.issue_cert(host).configure_cert(context)
-    server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
-
-
-def _session(ca_file: Path) -> requests.Session:
-    """Return a session that trusts the hub, whatever REQUESTS_CA_BUNDLE and the proxy variables say."""
-    session = requests.Session()
-    session.trust_env = False
-    session.verify = str(ca_file)
-    return session
+def write_registries(file: Path, tables: Mapping[str, Mapping[str, object]]) -> Path:
+    """Write a registries file: its tables by the registries' names. JSON's texts, lists and switches are TOML's."""
+    lines = [
+        line
+        for name, table in tables.items()
+        for line in (f'["{name}"]', *(f"{key} = {json.dumps(value)}" for key, value in table.items()), "")
+    ]
+    file.write_text("\n".join(lines))
+    return file
 
 
 def _user_of_header(authorization: str | None) -> str:

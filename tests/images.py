@@ -1,4 +1,4 @@
-"""Build the images of the tests' hub: real layers that a client can unpack, with the same digests on every run."""
+"""Build the images of the tests' registries: real layers that can be unpacked, with the same digests on every run."""
 
 import gzip
 import hashlib
@@ -88,6 +88,18 @@ def repositories() -> Iterator[Repository]:
     postgresql = (*_layers("postgresql", 300_000, 40_000), _random_layer("data", BIG_LAYER, compresslevel=0))
     yield _repository("bitnami/postgresql", ("16", "latest"), postgresql, family="oci", indexed=True)
     yield _repository("private/app", ("latest",), (_text_layer("secret recipe"), *_layers("app", 10_000)))
+
+
+def open_repositories() -> Iterator[Repository]:
+    """Build the repositories of the registry without auth."""
+    yield _repository("pause", ("3.9", "3.10", "latest"), (_text_layer("pause"),), family="docker", indexed=True)
+    yield _repository("coredns/coredns", ("v1.12", "latest"), _layers("coredns", 120_000, 4_000), family="oci")
+
+
+def basic_repositories() -> Iterator[Repository]:
+    """Build the repositories of the registry that asks for Basic."""
+    yield _repository("team/app", ("latest",), _layers("team-app", 80_000, 2_000))
+    yield _repository("team/tool", ("1", "latest"), (_text_layer("tool"),), family="oci")
 
 
 def digest_of(data: bytes) -> str:

@@ -9,13 +9,17 @@ import pytest
 from clients import HUB_AUTH
 from clients import Dockerd
 from clients import Podman
-from clients import Result
 from clients import Skopeo
 from hub import PASSWORD
 from hub import USER
 from hub import Hub
-from images import Content
-from images import Repository
+from pulls import assert_denied
+from pulls import blobs
+from pulls import pulled_by_containerd
+from pulls import pulled_by_docker
+from pulls import pulled_by_podman
+from pulls import refusal
+from pulls import succeeds
 from serving import Mirror
 
 BASIC = base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
@@ -27,66 +31,10 @@ def _fresh_records(hub: Hub) -> None:
     hub.forget()
 
 
-@pytest.fixture
-def docker(dockerd: Dockerd) -> Dockerd:
-    """Give dockerd and its containerd without any image."""
-    dockerd.forget_images()
-    return dockerd
-
-
 @pytest.fixture(params=["short", "full"])
 def named(request: pytest.FixtureRequest, mirror: Mirror) -> str:
     """Name the image at Docker Hub, which the mirror stands in for, and at the mirror itself."""
     return "" if request.param == "short" else f"{mirror.host}/"
-
-
-def succeeds(result: Result) -> str:
-    """Return what a command printed; it must have ended well."""
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout.strip()
-
-
-def refusal(result: Result) -> str:
-    """Return the message of a command that must have failed, in words a user can read."""
-    assert result.returncode != 0, result.stdout
-    message = result.stdout + result.stderr
-    assert "<html" not in message.lower()
-    assert "registry-1.docker.io" not in message, "the client left the mirror for Docker Hub"
-    return message
-
-
-def pulled_by_docker(docker: Dockerd, name: str, repository: Repository, config: str = "docker-config") -> None:
-    """Pull with dockerd, and see that it holds the image that the hub holds."""
-    succeeds(docker.docker("pull", name, config=config))
-    shown = succeeds(docker.docker("image", "inspect", name))
-    (image,) = json.loads(shown)
-    assert image["Id"] == repository.local().config.digest
-    assert image["RepoDigests"][0].endswith(f"@{repository.top().digest}")
-
-
-def pulled_by_containerd(docker: Dockerd, repository: Repository, *options: str) -> None:
-    """Pull with containerd, and see that it holds the manifests and blobs that the hub holds."""
-    name = f"docker.io/{repository.name}:latest"
-    succeeds(docker.ctr_pull(name, *options))
-    assert f" {repository.top().digest} " in succeeds(docker.ctr("images", "ls", f"name=={name}"))
-    image = repository.local()
-    held = set(succeeds(docker.ctr("content", "ls", "--quiet")).split())
-    assert {content.digest for content in (repository.top(), image.manifest, *blobs(repository))} <= held
-
-
-def pulled_by_podman(podman: Podman, name: str, repository: Repository) -> None:
-    """Pull with podman, and see that it holds the image that the hub holds."""
-    succeeds(podman.podman("rmi", "--all", "--force"))
-    succeeds(podman.podman("pull", name))
-    shown = succeeds(podman.podman("image", "inspect", name))
-    (image,) = json.loads(shown)
-    assert f"sha256:{image['Id']}" == repository.local().config.digest
-    assert image["Digest"] in (repository.top().digest, repository.local().manifest.digest)
-
-
-def blobs(repository: Repository) -> tuple[Content, ...]:
-    """Return config and layers of the image that a client on this machine pulls."""
-    return (repository.local().config, *repository.local().layers)
 
 
 def nothing_leaked(hub: Hub, mirror: Mirror, mark: int) -> None:
@@ -183,12 +131,6 @@ def test_dockerd_cannot_log_in_with_a_wrong_password(docker: Dockerd, mirror: Mi
 
 def test_a_private_image_is_refused_without_a_login(docker: Dockerd, mirror: Mirror) -> None:
     assert_denied(docker.docker("pull", f"{mirror.host}/private/app"))
-
-
-def assert_denied(result: Result) -> None:
-    """See that a pull was refused for want of a login, and that the client says so."""
-    message = refusal(result)
-    assert "unauthorized" in message or "denied" in message
 
 
 def test_an_unknown_image_gives_a_readable_message(docker: Dockerd, mirror: Mirror) -> None:
