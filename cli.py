@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import fields
 
@@ -49,7 +50,7 @@ def settings_table() -> Iterator[str]:
 
 
 def shown(value: object) -> str:
-    """Return a value as its variable would be written: empty for unset, on and off for a switch."""
+    """Return a value as its variable would be written, but for a password: empty for unset, on and off for a switch."""
     if isinstance(value, bool):
         return "on" if value else "off"
-    return "" if value is None else str(value)
+    return "" if value is None else re.sub(r"//[^/@]*@", "//***@", str(value))

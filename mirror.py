@@ -75,6 +75,7 @@ from werkzeug.datastructures import WWWAuthenticate
 from werkzeug.exceptions import HTTPException
 from werkzeug.http import parse_date
 from werkzeug.http import parse_options_header
+from werkzeug.http import parse_range_header
 from werkzeug.http import quote_header_value
 from werkzeug.middleware.proxy_fix import ProxyFix
 
@@ -102,6 +103,7 @@ class MirrorError(Exception):
 
     status: int = 500
     code: str = "UNKNOWN"
+    cools = True  # whether the endpoint that failed so is left alone for a while
 
     def __init__(
         self,
@@ -319,6 +321,7 @@ class Router:
     def __init__(self, registries: Mapping[str, Registry], default: str) -> None:
         self._registries = registries
         self.default = registries[default]
+        self.searched = self.default if self.default.search else registries.get(DOCKER_IO, self.default)
         self._hosts = {host: registry for registry in registries.values() for host in registry.hosts}
         self._aliases = {registry.alias: registry for registry in registries.values() if registry.alias}
 
@@ -330,37 +333,47 @@ class Router:
 
     def by_host(self, host: str) -> Registry | None:
         """Return the registry that a Host header means: one of a registry's hosts, or its alias as the first label."""
-        bare = host.lower().rpartition(":")[0] if re.search(r":[0-9]+$", host) else host.lower()
-        listed = self._hosts.get(host.lower()) or self._hosts.get(bare)
-        label, dot, _ = bare.partition(".")
-        return listed or (self._aliases.get(label) if dot and not is_address(bare) else None)
+        return self._listed(host) or self._aliased(host)
 
     def resolve(self, host: str, ns: str | None, name: str) -> Target:
         """Return the registry and repository that a request means.
 
-        `ns` is containerd's query argument, `name` the repository's name in the path. Raises NameInvalid, and Denied
-        for a registry or an image that is not served.
+        `ns` is containerd's query argument, `name` the repository's name in the path. A path may name a registry at an
+        alias too: the mirror's own name may be docker.example.com. Raises NameInvalid, and Denied for a registry or an
+        image that is not served.
         """
         check_name(name)
-        registry = self.named(ns) if ns is not None else self.by_host(host)
+        registry = self.named(ns) if ns is not None else self._listed(host)
         if registry is None:
-            return self.by_path(name)
+            return self._by_path(name, self._aliased(host) or self.default)
         prefix = f"{registry.name}/" if name.startswith(f"{registry.name}/") else ""
         return _target(registry, name, prefix)
 
-    def by_path(self, name: str) -> Target:
+    def _listed(self, host: str) -> Registry | None:
+        return self._hosts.get(host.lower()) or self._hosts.get(_bare(host))
+
+    def _aliased(self, host: str) -> Registry | None:
+        label, dot, _ = _bare(host).partition(".")
+        return self._aliases.get(label) if dot and not is_address(_bare(host)) else None
+
+    def _by_path(self, name: str, default: Registry) -> Target:
         """Return what a name means whose first component may be a registry: ``ghcr.io/owner/image``, or ``nginx``."""
         first, slash, _ = name.partition("/")
         if slash and first in self._registries:
             return _target(self._registries[first], name, f"{first}/")
-        if slash and "." in first and self.default.name == DOCKER_IO:  # no owner at Docker Hub has a dot
+        if slash and "." in first and default.name == DOCKER_IO:  # no owner at Docker Hub has a dot
             self.named(first)
-        return _target(self.default, name, "")
+        return _target(default, name, "")
+
+
+def _bare(host: str) -> str:
+    return re.sub(r":[0-9]+$", "", host.lower())
 
 
 def _target(registry: Registry, name: str, prefix: str) -> Target:
     repository = complete(registry, name.removeprefix(prefix))
-    if registry.images and not any(fnmatchcase(repository, pattern) for pattern in registry.images):
+    patterns = (pattern if "*" in pattern else complete(registry, pattern) for pattern in registry.images)
+    if registry.images and not any(fnmatchcase(repository, pattern) for pattern in patterns):
         raise Denied(f"this mirror does not serve that image of {registry.name}")
     return Target(registry, repository, prefix)
 
@@ -427,7 +440,8 @@ class Challenge(NamedTuple):
                     parameters = {
                         key: str(given[key]) for key in CHALLENGE_KEYS if PRINTABLE.fullmatch(given.get(key) or "")
                     }
-                    return cls(str(given.get("realm", "")), parameters, scheme)
+                    realm = str(given.get("realm", ""))
+                    return cls(realm if PRINTABLE.fullmatch(realm) else "", parameters, scheme)
         return None
 
     def at(self, realm: str) -> str:
@@ -470,8 +484,8 @@ def check_realm(registry: Registry, endpoint: str, realm: str) -> None:
     It must be https (unless the endpoint itself is not), on the endpoint's own site, or one of the registry's `realms`.
     """
     try:
-        parts, own = urlsplit(realm), urlsplit(endpoint)
-        listed = any(origin(realm) == origin(url) for url in registry.realms)
+        parts, own, asked = urlsplit(realm), urlsplit(endpoint), origin(realm)
+        listed = any(asked == origin(url) for url in registry.realms)
     except ValueError:
         raise BadGateway(f"{registry.name} names a realm that is no URL") from None
     if parts.scheme != "https" and parts.scheme != own.scheme:
@@ -568,8 +582,10 @@ USER_AGENT = f"docker-mirror/{__version__}"
 VIA = "docker-mirror"
 REDIRECTS = frozenset((301, 302, 303, 307, 308))
 MAX_REDIRECTS = 5
+PING_SECONDS = 12  # dockerd waits 15
 OPEN_SECONDS = 60  # for which a registry is taken to ask for nothing: a false 200 must not last
 MAX_FOREIGN_BODY = 1 << 20  # of a token answer, an error, a redirect: whatever is read whole
+MAX_TAGS = 16 << 20  # bytes of a list of tags, which may be renamed: gcr.io lists all digests in it
 RETRY_AFTER = "60"  # seconds, where upstream limits and does not say how long
 MAX_RETRY_AFTER = 6 * 3600.0  # seconds: Docker Hub's window
 KEEP_ON_ERROR = ("Retry-After", "Content-Range", "RateLimit-Limit", "RateLimit-Remaining")
@@ -599,7 +615,8 @@ class Wanted(NamedTuple):
     """Say what a client wants of a repository, and as whom.
 
     `resource` is the path after the repository's name; `headers` go upstream as they are; `authorization` is the
-    client's own, or None where the mirror acts as itself; `missing` is the error that a 404 stands for.
+    client's own, or None where the mirror acts as itself; `missing` is the error that a 404 stands for;
+    `whole` asks for the body to be read at once.
     """
 
     target: Target
@@ -610,6 +627,7 @@ class Wanted(NamedTuple):
     authorization: str | None
     missing: type[NotFound]
     trail: Trail
+    whole: bool = False
 
 
 class Site(NamedTuple):
@@ -640,9 +658,9 @@ class Site(NamedTuple):
         return cls(registry, found[1], found[2]) if found and NAME.fullmatch(found[2]) else None
 
     @property
-    def key(self) -> tuple[str, str]:
-        """Return what the challenge is kept under: never the endpoint alone, of which two registries may have one."""
-        return self.registry.name, self.base
+    def key(self) -> tuple[str, str, str]:
+        """Return what is known of the site under: never the base alone, for two registries may have the same."""
+        return self.registry.name, self.base, "account" if self.account else ""
 
 
 class Answer(NamedTuple):
@@ -679,44 +697,79 @@ INNER_NETWORKS = [
     ipaddress.ip_network(block)
     for block in (
         *("127.0.0.0/8", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "169.254.0.0/16", "100.64.0.0/10"),
-        *("::1/128", "fc00::/7", "fe80::/10"),
+        *("::1/128", "fc00::/7", "fe80::/10", "fec0::/10", "64:ff9b:1::/48"),
     )
 ]
+# IPv6 addresses whose last 32 bits are an IPv4 address: RFC 6052 (NAT64), 4291, 2765.
+EMBEDDING_NETWORKS = [
+    ipaddress.IPv6Network(block) for block in ("64:ff9b::/96", "::/96", "::ffff:0:0/96", "::ffff:0:0:0/96")
+]
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+def plain_address(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """Return an address, or the IPv4 address that it holds."""
+    parsed = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(parsed, ipaddress.IPv4Address) or int(parsed) <= 1:
+        return parsed
+    if any(parsed in network for network in EMBEDDING_NETWORKS):
+        return ipaddress.IPv4Address(int(parsed) & 0xFFFFFFFF)
+    return parsed.sixtofour or parsed
+
+
+def inner_network(address: str) -> Network | None:
+    """Return the inner network that an address lies in, or None."""
+    parsed = plain_address(address)
+    return next((network for network in INNER_NETWORKS if parsed in network), None)
+
+
+def literal_address(host: str) -> str | None:
+    """Return the address that a host is, however it is written (``127.1``, ``localhost``), or None for a name."""
+    host = host.rstrip(".").lower()
+    if host == "localhost" or host.endswith(".localhost"):
+        return "127.0.0.1"
+    if is_address(host):
+        return host
+    try:
+        return socket.inet_ntoa(socket.inet_aton(host))
+    except OSError:
+        return None
 
 
 class Guard:
     """Decide which addresses a registry may lead the mirror to, by a redirect or a realm.
 
     Its own endpoints, and what the owner listed, may be anywhere. All others must be public, or in the same inner
-    network as an endpoint.
+    network as an endpoint was when it was last looked up.
     """
 
     def __init__(self, registry: Registry, ipv4_only: bool) -> None:
         self._endpoints = {urlsplit(url).hostname for url in registry.endpoints}
         self._listed = {urlsplit(url).hostname for url in (*registry.realms, registry.search or "")}
         self._family = socket.AF_INET if ipv4_only else socket.AF_UNSPEC
-        self._inner: set[ipaddress.IPv4Network | ipaddress.IPv6Network] = set()
+        self._inner: dict[str, set[Network | None]] = {
+            host: {inner_network(host)} for host in self._endpoints if host is not None and is_address(host)
+        }
 
     def addresses(self, host: str, port: int) -> list[str]:
         """Return the addresses of `host` that may be connected to; raise OSError where there is none."""
         found = socket.getaddrinfo(host, port, self._family, socket.SOCK_STREAM)
-        admitted = [
-            address for address in dict.fromkeys(str(entry[4][0]) for entry in found) if self.admits(host, address)
-        ]
+        addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
+        if host in self._endpoints:
+            self._inner[host] = {inner_network(address) for address in addresses}
+        admitted = [address for address in addresses if self.admits(host, address)]
         if not admitted:
             raise OSError(errno.EACCES, "its address is a private one, which no registry may lead to")
         return admitted
 
     def admits(self, host: str, address: str) -> bool:
         """Tell whether `host`, which is at `address`, may be asked."""
-        parsed = ipaddress.ip_address(address.partition("%")[0])
-        parsed = getattr(parsed, "ipv4_mapped", None) or parsed
-        network = next((network for network in INNER_NETWORKS if parsed in network), None)
-        if host in self._endpoints:
-            self._inner |= {network} if network else set()
+        if host in self._endpoints or host in self._listed:
             return True
-        public = network is None and parsed.is_global and not parsed.is_multicast
-        return public or host in self._listed or (network is not None and network in self._inner)
+        network, parsed = inner_network(address), plain_address(address)
+        if network is not None:
+            return any(network in networks for networks in self._inner.values())
+        return parsed.is_global and not parsed.is_multicast
 
 
 class StrictResponse(http.client.HTTPResponse):
@@ -891,24 +944,31 @@ def raise_for_status(
     `missing` is raised for 404; `refused` makes the error for a registry's 401 or 403. A storage host has no say in who
     may pull: its 401, 403 and 400 are failures. Source: the table of answers.
     """
-    status, host = answer.status, answer.host
-    if 200 <= status < 300 or status == 304:
+    if 200 <= answer.status < 300 or answer.status == 304:
         return
+    error = _error_for(answer, missing, refused)
+    error.cools = answer.site is not None or answer.status >= 500  # a storage host's refusal is about one object
+    raise error
+
+
+def _error_for(
+    answer: Answer, missing: type[NotFound], refused: Callable[[list[dict[str, Any]] | None], MirrorError]
+) -> MirrorError:
+    status, host = answer.status, answer.host
     body = read_bounded(answer.response)
     errors = oci_errors(body)
     headers = kept(answer.response.headers, KEEP_ON_ERROR)
     if status == 404:
-        raise missing(f"{host} does not have it", headers, errors)
+        return missing(f"{host} does not have it", headers, errors)
     if status == 416:
-        raise RangeInvalid("the range lies outside the blob", headers, errors)
+        return RangeInvalid("the range lies outside the blob", headers, errors)
     if status == 429:
-        message = f"{host} limits this mirror{plain_text(answer.response, body)}"
-        raise TooManyRequests(message, headers, errors)
+        return TooManyRequests(f"{host} limits this mirror{plain_text(answer.response, body)}", headers, errors)
     if status in (401, 403) and answer.site is not None:
-        raise refused(errors)
+        return refused(errors)
     if 400 <= status < 500 and answer.site is not None:
-        raise Refused(status, f"{host} answered {status}{plain_text(answer.response, body)}", headers, errors)
-    raise BadGateway(f"{host} answered {status}")
+        return Refused(status, f"{host} answered {status}{plain_text(answer.response, body)}", headers, errors)
+    return BadGateway(f"{host} answered {status}", kept(headers, ("Retry-After",)))
 
 
 def started(answer: Answer, method: str, is_blob: bool) -> Answer:
@@ -945,51 +1005,70 @@ def kept(headers: Mapping[str, str] | Headers, names: tuple[str, ...]) -> dict[s
     return {name: value for name, value in found if value is not None and HEADER_VALUE.fullmatch(value)}
 
 
+Key = tuple[str, str, str]
 FAILURES = (TooManyRequests, BadGateway, GatewayTimeout)  # after which another endpoint is asked
 FIRST_PAUSE, LONGEST_PAUSE = 30, 600  # seconds
 
 
 class Cooldowns:
-    """Remember which endpoints failed, and leave each alone for a while; then one request at a time tries it again."""
+    """Remember which endpoints failed, and leave each alone for a while; then one request at a time tries it again.
+
+    Endpoints are given by their `Site.key`. What began before an endpoint last failed says nothing of it any more.
+    """
 
     def __init__(self) -> None:
-        self._until: dict[str, float] = {}  # time.monotonic()
-        self._pause: dict[str, float] = {}
-        self._tried: set[str] = set()
+        self._until: dict[Key, float] = {}  # time.monotonic()
+        self._pause: dict[Key, float] = {}
+        self._failed_at: dict[Key, float] = {}
+        self._tried: set[Key] = set()
 
-    def cooling(self, endpoint: str) -> bool:
+    def cooling(self, key: Key) -> bool:
         """Tell whether the endpoint is to be left alone."""
-        return time.monotonic() < self._until.get(endpoint, 0)
+        return time.monotonic() < self._until.get(key, 0)
 
-    def take(self, endpoint: str, seconds: float) -> bool:
+    def tried(self, keys: list[Key]) -> bool:
+        """Tell whether one of these is being tried at this moment."""
+        return any(key in self._tried and self.cooling(key) for key in keys)
+
+    def take(self, key: Key, seconds: float) -> bool:
         """Tell whether to ask the endpoint. After its pause that is yes once: within `seconds` the answer is known."""
-        if self.cooling(endpoint):
+        if self.cooling(key):
             return False
-        if endpoint in self._until:
-            self._until[endpoint] = time.monotonic() + seconds
-            self._tried.add(endpoint)
+        if key in self._until:
+            self._until[key] = time.monotonic() + seconds
+            self._tried.add(key)
         return True
 
-    def failed(self, endpoint: str, retry_after: float | None) -> None:
+    def failed(self, key: Key, began: float, retry_after: float | None) -> None:
         """Pause for `retry_after` seconds, else for 30 s, doubled after each further failure up to 10 min."""
-        if self.cooling(endpoint) and endpoint not in self._tried:
-            return  # several requests met the same failure
-        self._tried.discard(endpoint)
-        doubled = min(2 * self._pause.get(endpoint, FIRST_PAUSE / 2), LONGEST_PAUSE)
-        self._pause[endpoint] = doubled
-        self._until[endpoint] = time.monotonic() + (doubled if retry_after is None else retry_after)
-        log.warning("%s is left alone for %.0f s", host_of(endpoint), self._until[endpoint] - time.monotonic())
+        if began < self._failed_at.get(key, 0):
+            return
+        now = time.monotonic()
+        if retry_after is None:
+            retry_after = self._pause[key] = min(2 * self._pause.get(key, FIRST_PAUSE / 2), LONGEST_PAUSE)
+        self._failed_at[key] = now
+        self._until[key] = now + max(retry_after, 1)
+        self._tried.discard(key)
+        log.warning("%s is left alone for %.0f s", host_of(key[1]), self._until[key] - now)
 
-    def succeeded(self, endpoint: str) -> None:
+    def succeeded(self, key: Key, began: float) -> None:
         """Forget that the endpoint failed."""
-        if self._until.pop(endpoint, None) is not None:
-            log.warning("%s answers again", host_of(endpoint))
-        self._pause.pop(endpoint, None)
-        self._tried.discard(endpoint)
+        if key not in self._until or began < self._failed_at[key]:
+            return
+        log.warning("%s answers again", host_of(key[1]))
+        for known in (self._until, self._pause, self._failed_at):
+            known.pop(key, None)
+        self._tried.discard(key)
 
-    def wait(self, endpoints: tuple[str, ...]) -> int:
+    def give_up(self, key: Key) -> None:
+        """Let another request try: the one that did has learnt nothing."""
+        if key in self._tried:
+            self._tried.discard(key)
+            self._until[key] = time.monotonic()
+
+    def wait(self, keys: list[Key]) -> int:
         """Return after how many seconds the first of these may be asked again."""
-        return max(1, math.ceil(min(self._until.get(endpoint, 0) for endpoint in endpoints) - time.monotonic()))
+        return max(1, math.ceil(min(self._until.get(key, 0) for key in keys) - time.monotonic()))
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
@@ -1021,7 +1100,8 @@ class Outbound:
             proxy = self._https if url.startswith("https:") else self._http
             if proxy is None or self._bypasses(url):
                 return {}
-        return {"all": proxy}
+        # Names are looked up by the proxy, with socks5 as with socks5h: what we looked up might not be connected to.
+        return {"all": re.sub("^socks5:", "socks5h:", proxy)}
 
     def _bypasses(self, url: str) -> bool:
         key = origin(url)
@@ -1047,8 +1127,8 @@ class Upstream:
             for name, registry in registries.items()
         }
         self._outbound = Outbound(config)
-        self._challenges: dict[tuple[str, str], Challenge] = {}  # by Site.key
-        self._open_until: dict[tuple[str, str], float] = {}  # by Site.key: a ping was answered without a challenge
+        self._challenges: dict[Key, Challenge] = {}  # by Site.key
+        self._open_until: dict[Key, float] = {}  # by Site.key: a ping was answered without a challenge
         self._tokens = TokenStore()
         self._cooldowns = Cooldowns()
 
@@ -1059,47 +1139,64 @@ class Upstream:
         the first one only. Raises MirrorError: the most telling of the failures, within connect and first-byte timeout
         in all.
         """
-        registry = wanted.target.registry
-        if wanted.authorization is not None or len(registry.endpoints) == 1:
-            return self._attempt(wanted, 0, self._budget)
-        end = time.monotonic() + self._budget
+        registry, repository, _ = wanted.target
+        sites = [Site.endpoint(registry, number, repository) for number in range(len(registry.endpoints))]
+        if wanted.authorization is not None or len(sites) == 1:
+            return self._attempt(sites[0], wanted, self._budget)
+        end, keys = time.monotonic() + self._budget, [site.key for site in sites]
+        while (answer := self._first_answer(sites, wanted, end)) is None:
+            if not self._cooldowns.tried(keys) or time.monotonic() > end:
+                wait = str(self._cooldowns.wait(keys))
+                raise Cooling(f"{registry.name} failed a moment ago, and is left alone", {"Retry-After": wait})
+            gevent.sleep(0.1)  # another request tries an endpoint again, and will soon know
+        return answer
+
+    def _first_answer(self, sites: list[Site], wanted: Wanted, end: float) -> Answer | None:
+        """Ask those of several endpoints that are not left alone, until `end`; None: all are."""
         failures: list[MirrorError] = []
-        for number, endpoint in enumerate(registry.endpoints):
-            later = [other for other in registry.endpoints[number + 1 :] if not self._cooldowns.cooling(other)]
+        for number, site in enumerate(sites):
+            later = [other for other in sites[number + 1 :] if not self._cooldowns.cooling(other.key)]
             seconds = (end - time.monotonic()) / (1 + len(later))
-            if not self._cooldowns.take(endpoint, seconds):
+            if not self._cooldowns.take(site.key, seconds):
                 continue
             try:
-                with self._cooled(endpoint):
-                    return self._attempt(wanted, number, seconds)
+                with self._cooled(site):
+                    return self._attempt(site, wanted, seconds)
             except FAILURES as error:
                 failures.append(error)
-        if not failures:
-            wait = self._cooldowns.wait(registry.endpoints)
-            raise Cooling(f"{registry.name} failed a moment ago, and is left alone", {"Retry-After": str(wait)})
-        raise max(failures, key=lambda error: error.status == TooManyRequests.status)
+        if failures:
+            raise max(failures, key=lambda error: error.status == TooManyRequests.status)
+        return None
 
     @contextmanager
-    def _cooled(self, endpoint: str) -> Iterator[None]:
+    def _cooled(self, site: Site) -> Iterator[None]:
         """Remember whether one of several endpoints limits or fails; 404, 401 and 403 are answers."""
+        began = time.monotonic()
         try:
             yield
         except FAILURES as error:
-            self._cooldowns.failed(endpoint, retry_after(error.headers))
+            if error.cools:
+                self._cooldowns.failed(site.key, began, retry_after(error.headers))
+            else:
+                self._cooldowns.give_up(site.key)
+            raise
+        except gevent.GreenletExit:  # the client left
+            self._cooldowns.give_up(site.key)
             raise
         except MirrorError:
-            self._cooldowns.succeeded(endpoint)
+            self._cooldowns.succeeded(site.key, began)
             raise
-        self._cooldowns.succeeded(endpoint)
+        self._cooldowns.succeeded(site.key, began)
 
-    def _attempt(self, wanted: Wanted, number: int, seconds: float) -> Answer:
-        registry, repository, _ = wanted.target
-        site = Site.endpoint(registry, number, repository)
-        url = with_query(f"{site.base}/v2/{repository}/{wanted.resource}", wanted.query)
+    def _attempt(self, site: Site, wanted: Wanted, seconds: float) -> Answer:
+        url = with_query(f"{site.base}/v2/{site.repository}/{wanted.resource}", wanted.query)
         with self._deadline(site.base, seconds):
             answer = self._follow(site, wanted.method, url, wanted.headers, wanted.authorization, wanted.trail)
             raise_for_status(answer, wanted.missing, lambda errors: self._refusal(site, wanted, answer, errors))
-            return started(answer, wanted.method, is_blob=wanted.missing is BlobUnknown)
+            answer = started(answer, wanted.method, is_blob=wanted.missing is BlobUnknown)
+            if not wanted.whole:
+                return answer
+            return answer._replace(start=answer.start + read_bounded(answer.response, MAX_TAGS - len(answer.start)))
 
     def challenge(self, registry: Registry, trail: Trail) -> Challenge | None:
         """Return the challenge that a client has to meet, or None; ask the registry only if it is not yet known.
@@ -1116,14 +1213,14 @@ class Upstream:
 
     def _ping_first(self, site: Site, trail: Trail) -> bool:
         """Learn the first endpoint's challenge; tell whether it answered. Raises MirrorError if it is the only one."""
-        seconds = self._budget / len(site.registry.endpoints)  # dockerd waits 15 s for its ping
+        seconds = min(PING_SECONDS, self._budget / len(site.registry.endpoints))
         if len(site.registry.endpoints) == 1:
             self._ping(site, None, trail, seconds)
-        elif not self._cooldowns.take(site.base, seconds):
+        elif not self._cooldowns.take(site.key, seconds):
             return False
         else:
             try:
-                with self._cooled(site.base):
+                with self._cooled(site):
                     self._ping(site, None, trail, seconds)
             except FAILURES:
                 return False
@@ -1131,7 +1228,9 @@ class Upstream:
 
     def admit(self, registry: Registry, authorization: str, trail: Trail) -> None:
         """Ask ``GET /v2/`` as a client that logs in; raise Unauthorized or Denied where the registry refuses it."""
-        status, challenge = self._ping(Site.endpoint(registry, 0), authorization, trail, self._budget)
+        status, challenge = self._ping(
+            Site.endpoint(registry, 0), authorization, trail, min(PING_SECONDS, self._budget)
+        )
         if status == 401:
             message = f"{registry.name} does not accept this login"
             raise Unauthorized(message, challenge) if challenge else Denied(message)
@@ -1265,6 +1364,8 @@ class Upstream:
         if challenge.scheme == "bearer":
             check_realm(site.registry, site.base, challenge.realm)
         service = {key: value for key, value in challenge.parameters.items() if key == "service"}
+        if len(self._challenges) > MAX_TOKENS:
+            self._challenges.clear()
         self._challenges[site.key] = challenge._replace(parameters=service)
         return challenge
 
@@ -1314,6 +1415,8 @@ class Upstream:
         self, site: Site, challenge: Challenge, scope: str, errors: list[dict[str, Any]] | None
     ) -> MirrorError:
         message = f"{host_of(challenge.realm)} gives this mirror no token for {scope}"
+        if site.account:
+            log.warning("%s, though it has an account: are username and password right?", message)
         if not self._login or site.base != site.registry.endpoints[0]:
             return Denied(message, errors=errors)
         return Unauthorized(message, challenge._replace(parameters={**challenge.parameters, "scope": scope}), errors)
@@ -1346,7 +1449,8 @@ class Upstream:
     def _check_behind_proxy(self, registry: Registry, url: str) -> None:
         """Refuse an inner address in a URL; a name is for the proxy to look up, in its own network."""
         host = urlsplit(url).hostname or ""
-        if is_address(host) and not self._guards[registry.name].admits(host, host):
+        address = literal_address(host)
+        if address is not None and not self._guards[registry.name].admits(host, address):
             raise BadGateway(f"{host} is a private address, which no registry may lead to")
 
 
@@ -1385,6 +1489,8 @@ RESPONSE_HEADERS = (
     "Retry-After",
     "Warning",
 )
+# Of a list of tags, which may be renamed: no digest or validator of its bytes.
+TAGS_HEADERS = ("Content-Type", "RateLimit-Limit", "RateLimit-Remaining", "Warning")
 WINDOW = 1 << 20  # bytes after which the rate is looked at
 FAST_RATE = 4_000_000  # bytes per second
 READABLE = 1  # of the event loop's io watchers
@@ -1513,13 +1619,14 @@ def relay(answer: Answer, method: str, client: socket.socket | None) -> Response
     return Relayed(Body(answer, client), answer.status, headers, direct_passthrough=True)
 
 
-def next_page(header: str, path: str) -> str | None:
+def next_page(header: str, path: str, ns: str | None) -> str | None:
     """Return an upstream's Link header with its target at the mirror, ``path``; None where it has no next page."""
+    same = f"&ns={quote(ns)}" if ns else ""
     for link in parse_header_links(header):
         query = link["url"].partition("?")[2].partition("#")[0]
         relation = {key.lower(): value.lower() for key, value in link.items()}.get("rel")
         if relation == "next" and re.fullmatch(r"[\x21-\x3b\x3d\x3f-\x7e]+", query):
-            return f'<{path}?{query}>; rel="next"'
+            return f'<{path}?{query}{same}>; rel="next"'
     return None
 
 
@@ -1589,7 +1696,6 @@ def admit_request() -> Response | None:
 
 NOBODY = "Og=="  # base64 of a colon
 MAX_FORM = 64 << 10  # bytes of a POST to /token
-MAX_TAGS = 16 << 20  # bytes of a list of tags that is renamed: gcr.io lists all digests in it
 
 
 def create_app(config: Config) -> Flask:
@@ -1681,13 +1787,11 @@ class Views:
 
     def tags(self, name: str) -> Response:
         """Pass a list of tags on, a page at a time, under the name by which the client asked."""
-        answer = self._fetch(name, "tags/list", NotFound, ("n", "last"))
-        if request.method == "HEAD" or name == g.target.repository:
-            return self._relay(answer)
-        headers = kept(answer.response.headers, RESPONSE_HEADERS)
-        with upstream_errors(answer.host):
-            body = renamed(answer.start + read_bounded(answer.response, MAX_TAGS), name)
-        headers["Content-Length"] = str(len(body))
+        answer = self._fetch(name, "tags/list", NotFound, ("n", "last"), whole=request.method == "GET")
+        body = answer.start if name == g.target.repository else renamed(answer.start, name)
+        headers = kept(answer.response.headers, TAGS_HEADERS)
+        if request.method == "GET":
+            headers["Content-Length"] = str(len(body))
         return self._linked(Relayed(body, answer.status, headers), answer)
 
     def referrers(self, name: str, digest: str) -> Response:
@@ -1746,7 +1850,8 @@ class Views:
 
     def search(self) -> Response:
         """Answer ``docker search`` from the registry's index."""
-        registry = self._registry_here()
+        registry = self._router.by_host(request.host) or self._router.searched
+        g.target = Target(registry, "")
         if registry.search is None:
             raise NotFound(f"{registry.name} has no index to search")
         query = {key: request.args[key] for key in ("q", "n", "page") if key in request.args}
@@ -1770,23 +1875,34 @@ class Views:
             response.headers["WWW-Authenticate"] = self._our_challenge(error.challenge, g.target)
         return response
 
-    def _fetch(self, name: str, resource: str, missing: type[NotFound], arguments: tuple[str, ...] = ()) -> Answer:
+    def _fetch(
+        self,
+        name: str,
+        resource: str,
+        missing: type[NotFound],
+        arguments: tuple[str, ...] = (),
+        whole: bool = False,
+    ) -> Answer:
         ns = request.args.get("ns") or None
         target = g.target = self._router.resolve(request.host, ns, name)
         if ns is not None:
             g.ns = ns
         query = {key: request.args[key] for key in arguments if key in request.args}
         headers = kept(request.headers, REQUEST_HEADERS)
+        if whole or parse_range_header(headers.get("Range")) is None:
+            headers.pop("Range", None)  # RFC 9110, 14.2: one that makes no sense is ignored
         own = self._own_authorization()
         with watched(client_socket()):
-            return self._upstream.fetch(Wanted(target, request.method, resource, query, headers, own, missing, trail()))
+            return self._upstream.fetch(
+                Wanted(target, request.method, resource, query, headers, own, missing, trail(), whole)
+            )
 
     def _relay(self, answer: Answer) -> Response:
         return self._linked(relay(answer, request.method, client_socket()), answer)
 
     def _linked(self, response: Response, answer: Answer) -> Response:
         """Return the response with the way to its next page, if upstream gave one."""
-        link = next_page(answer.response.headers.get("Link", ""), request.path)
+        link = next_page(answer.response.headers.get("Link", ""), request.path, g.get("ns"))
         if link is not None:
             response.headers["Link"] = link
         return response

@@ -58,7 +58,8 @@ def parse_url(text: str) -> str:
     """Return an http or https URL without its trailing slash; raise ValueError where it is not one."""
     parts = urlsplit(text)
     if parts.scheme not in ("http", "https") or not parts.hostname or re.search(r"[^\x21-\x7e]", text):
-        raise ValueError(f"{text!r} is not a URL such as https://mirror.example")
+        shown = "this" if "@" in text else repr(text)  # there may be a password in it
+        raise ValueError(f"{shown} is not a URL such as https://mirror.example")
     if parts.username is not None or parts.query or parts.fragment:
         raise ValueError("the URL has a user name, a query or a fragment: leave them out")
     parts.port  # noqa: B018 - raises ValueError for a port out of range
@@ -90,7 +91,8 @@ def setting(default: Any, parse: Callable[[str], Any], text: str, variable: str 
 
     `variable` is set for those that other programs read too; all others are named after their field.
     """
-    return field(default=default, metadata={"parse": parse, "help": text, "variable": variable})
+    metadata = {"parse": parse, "help": text, "variable": variable}
+    return field(default=default, repr=parse is not parse_proxy, metadata=metadata)
 
 
 seconds = parse_number(0.1, 3600, float)
@@ -196,7 +198,7 @@ class Registry:
     username: str | None = None
     password: str | None = field(default=None, repr=False)
     images: tuple[str, ...] = ()
-    proxy: str | None = None
+    proxy: str | None = field(default=None, repr=False)
     ca_file: str | None = None
     search: str | None = None
 
@@ -305,6 +307,13 @@ def _read_list(value: Any) -> tuple[str, ...]:
     return tuple(value)
 
 
+def _read_images(value: Any) -> tuple[str, ...]:
+    images = _read_list(value)
+    if not images:
+        raise ValueError("must name at least one image; to serve none, write enabled = false")
+    return images
+
+
 def _read_urls(value: Any) -> tuple[str, ...]:
     return tuple(parse_url(item) for item in _read_list(value))
 
@@ -368,7 +377,7 @@ READERS: Mapping[str, Callable[[Any], Any]] = {
     "username": _read_text,
     "password": _read_text,
     "password_file": _read_text,
-    "images": _read_list,
+    "images": _read_images,
     "proxy": _read_proxy,
     "ca_file": _read_ca,
     "search": lambda value: parse_url(_read_text(value)),

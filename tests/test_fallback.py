@@ -4,6 +4,7 @@ import socket
 import time
 from collections.abc import Callable
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC
 from datetime import datetime
@@ -53,10 +54,10 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
 
 
 @contextmanager
-def mirror_of(tmp_path_factory: pytest.TempPathFactory, *endpoints: str) -> Iterator[Mirror]:
+def mirror_of(tmp_path_factory: pytest.TempPathFactory, *endpoints: str, more: str = "") -> Iterator[Mirror]:
     file = tmp_path_factory.mktemp("mirror") / "registries.toml"
     urls = ", ".join(f'"{url}"' for url in endpoints)
-    file.write_text(f'["docker.io"]\nendpoints = [{urls}]\n')
+    file.write_text(f'["docker.io"]\nendpoints = [{urls}]\n{more}\n')
     with Mirror(registries=file, connect_timeout=1, first_byte_timeout=3) as running:
         yield running
 
@@ -126,6 +127,42 @@ def test_a_fallback_endpoint_has_its_own_challenge_and_token(pair: Pair) -> None
     assert pair.ask().json == {"from": "second"}
     assert len(pair.second.asked("/realm")) == 1
     assert pair.first.asked("/realm") == []
+
+
+def test_a_503s_retry_after_is_kept_to(pair: Pair) -> None:
+    pair.first.answers[MANIFEST] = reply(503, b"", {"Retry-After": "200"})
+    assert pair.ask().json == {"from": "second"}
+    assert "is left alone for 200 s" in pair.mirror.log()
+
+
+@pytest.mark.parametrize("status", [400, 403, 429])
+def test_a_storage_hosts_refusal_of_one_object_puts_nothing_to_sleep(pair: Pair, status: int) -> None:
+    with RawUpstream("127.0.0.11") as storage:
+        storage.answers["/data"] = reply(status, b"", {"Retry-After": "3600"})
+        pair.first.answers[MANIFEST] = reply(307, b"", {"Location": f"{storage.url}/data"})
+        assert pair.ask().json == {"from": "second"}
+        pair.first.answers[MANIFEST] = FIRST
+        assert pair.ask().json == {"from": "first"}
+
+
+def test_those_who_ask_while_one_tries_again_wait_for_what_it_learns(pair: Pair) -> None:
+    pair.first.answers[MANIFEST] = pair.second.answers[MANIFEST] = reply(503, b"", {"Retry-After": "1"})
+    assert pair.ask().status == 502
+    pair.first.answers[MANIFEST] = pair.second.answers[MANIFEST] = FIRST
+    time.sleep(1.1)
+    with ThreadPoolExecutor(6) as pool:
+        assert [answer.status for answer in pool.map(lambda _: pair.ask(), range(6))] == [200] * 6
+
+
+def test_the_mirrors_own_account_reaches_no_fallback(tmp_path_factory: pytest.TempPathFactory) -> None:
+    with RawUpstream() as first, RawUpstream("127.0.0.9") as second:
+        first.answers[MANIFEST] = reply(500)
+        guard(second, MANIFEST, SECOND)
+        account = 'username = "alice"\npassword = "wonderland"'
+        with mirror_of(tmp_path_factory, first.url, second.url, more=account) as running:
+            assert ask(running, PATH).json == {"from": "second"}
+        sent = [request.headers.get("authorization") for request in second.requests]
+        assert sent == [None, None, "Bearer real-token-1"]
 
 
 def test_a_fallback_endpoint_may_have_a_path(tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -213,42 +250,62 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     return advance
 
 
+E, F = ("x", "http://e", ""), ("x", "http://f", "")
+
+
 def test_a_pause_doubles_from_half_a_minute_to_ten(clock: Callable[[float], None]) -> None:
     cooldowns = mirror.Cooldowns()
     pauses = []
     for _ in range(7):
-        assert cooldowns.take("e", 25)
-        cooldowns.failed("e", None)
-        pauses.append(cooldowns.wait(("e",)))
-        assert not cooldowns.take("e", 25)
+        assert cooldowns.take(E, 25)
+        cooldowns.failed(E, time.monotonic(), None)
+        pauses.append(cooldowns.wait([E]))
+        assert not cooldowns.take(E, 25)
         clock(pauses[-1])
     assert pauses == [30, 60, 120, 240, 480, 600, 600]
-    cooldowns.succeeded("e")
-    cooldowns.failed("e", None)
-    assert cooldowns.wait(("e",)) == 30
+    cooldowns.succeeded(E, time.monotonic())
+    cooldowns.failed(E, time.monotonic(), None)
+    assert cooldowns.wait([E]) == 30
 
 
 def test_after_a_pause_one_request_tries_and_the_others_wait(clock: Callable[[float], None]) -> None:
     cooldowns = mirror.Cooldowns()
-    cooldowns.failed("e", None)
+    cooldowns.failed(E, time.monotonic(), None)
     clock(30)
-    assert [cooldowns.take("e", 25) for _ in range(3)] == [True, False, False]
+    assert [cooldowns.take(E, 25) for _ in range(3)] == [True, False, False]
+    assert cooldowns.tried([E, F])
     clock(25)
-    assert cooldowns.take("e", 25), "the one that tried was never heard of again"
+    assert cooldowns.take(E, 25), "the one that tried was never heard of again"
+    cooldowns.give_up(E)
+    assert cooldowns.take(E, 25), "its client left"
 
 
 def test_many_requests_that_meet_one_failure_count_once(clock: Callable[[float], None]) -> None:
     cooldowns = mirror.Cooldowns()
+    began = time.monotonic()
     for _ in range(10):
-        cooldowns.failed("e", None)
-    assert cooldowns.wait(("e",)) == 30
+        clock(1)
+        cooldowns.failed(E, began, None)
+    assert cooldowns.wait([E]) == 21, "30 seconds from the first"
 
 
-def test_retry_after_is_kept_to(clock: Callable[[float], None]) -> None:
+def test_an_older_requests_success_does_not_end_a_pause(clock: Callable[[float], None]) -> None:
     cooldowns = mirror.Cooldowns()
-    cooldowns.failed("e", 90)
-    cooldowns.failed("f", 20)
-    assert (cooldowns.wait(("e",)), cooldowns.wait(("e", "f"))) == (90, 20)
+    began = time.monotonic()
+    clock(1)
+    cooldowns.failed(E, time.monotonic(), 600)
+    cooldowns.succeeded(E, began)
+    assert cooldowns.cooling(E)
+
+
+def test_retry_after_is_kept_to_and_doubles_nothing(clock: Callable[[float], None]) -> None:
+    cooldowns = mirror.Cooldowns()
+    cooldowns.failed(E, time.monotonic(), 90)
+    cooldowns.failed(F, time.monotonic(), 0)
+    assert (cooldowns.wait([E]), cooldowns.wait([E, F])) == (90, 1)
+    clock(90)
+    cooldowns.failed(E, time.monotonic(), None)
+    assert cooldowns.wait([E]) == 30
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,9 @@ def router() -> mirror.Router:
         ("k8s-gcr.mirror.example", None, "pause", "k8s.gcr.io pause"),
         ("docker.mirror.example", None, "nginx", "docker.io library/nginx"),
         ("ghcr", None, "owner/app", "docker.io owner/app"),
+        ("docker.example.com", None, "ghcr.io/owner/app", "ghcr.io owner/app"),
+        ("quay.example.com", None, "docker.io/nginx", "docker.io library/nginx"),
+        ("gitlab.example.com", None, "a.b/app", "registry.gitlab.com a.b/app"),
         ("hub.mine.test", None, "a.b/app", "mine.test a.b/app"),
         ("hub.mine.test:443", None, "app", "mine.test app"),
         ("127.0.0.1:5001", None, "app", "mine.test app"),
@@ -90,9 +93,10 @@ def test_ns_goes_before_the_host_and_that_before_the_path(
 
 
 @pytest.mark.parametrize(("ns", "name"), [("evil.example", "app"), (None, "evil.example/app"), ("", "app")])
-def test_what_is_not_served_is_denied_with_what_is(router: mirror.Router, ns: str | None, name: str) -> None:
+@pytest.mark.parametrize("host", ["mirror.example", "docker.example.com"])
+def test_what_is_not_served_is_denied_with_what_is(router: mirror.Router, host: str, ns: str | None, name: str) -> None:
     with pytest.raises(mirror.Denied, match=r"it serves: docker.io, ghcr.io, quay.io, ") as raised:
-        router.resolve("mirror.example", ns, name)
+        router.resolve(host, ns, name)
     assert "evil" not in str(raised.value)
 
 
@@ -105,10 +109,18 @@ def test_another_default_takes_the_bare_names() -> None:
 
 @pytest.mark.parametrize(
     ("name", "served"),
-    [("library/nginx", True), ("nginx", True), ("alice/app", True), ("alice/other", False), ("alice/app/x", False)],
+    [
+        ("library/nginx", True),
+        ("nginx", True),
+        ("redis", True),
+        ("mysql", False),
+        ("alice/app", True),
+        ("alice/other", False),
+        ("alice/app/x", False),
+    ],
 )
 def test_images_narrow_a_registry(name: str, served: bool) -> None:
-    registry = Registry("docker.io", ("https://hub",), images=("library/*", "alice/app"))
+    registry = Registry("docker.io", ("https://hub",), images=("library/n*", "redis", "alice/app"))
     router = mirror.Router({"docker.io": registry}, "docker.io")
     if served:
         assert router.resolve("m.example", None, name).registry == registry
@@ -264,7 +276,8 @@ def test_a_list_of_tags_has_the_clients_name(lab: Lab, other: RawUpstream, path:
     answer = lab.ask(path)
     assert answer.json == {"name": name, "tags": ["a", "b"]}
     assert answer.headers["content-length"] == str(len(answer.body))
-    assert answer.headers["link"] == f'<{path.partition("?")[0]}?last=b>; rel="next"'
+    same = "&ns=other.test" if "ns=" in path else ""
+    assert answer.headers["link"] == f'<{path.partition("?")[0]}?last=b{same}>; rel="next"'
 
 
 def test_a_short_names_list_of_tags_has_the_short_name(lab: Lab) -> None:
@@ -284,7 +297,7 @@ def test_a_list_of_tags_that_is_none_is_left_alone(lab: Lab, body: bytes) -> Non
     assert lab.ask(f"/v2/{lab.name}/tags/list").body == body
 
 
-def test_the_account_is_for_the_realm_and_the_first_endpoint_only(tmp_path: object) -> None:
+def test_the_account_is_for_the_realm_only() -> None:
     account = 'username = "alice"\npassword = "wonderland"'
     with Lab(more=account) as lab:
         guard(lab.upstream, lab.manifest, CONTENT)
@@ -363,6 +376,8 @@ def test_docker_search_is_answered_by_the_index() -> None:
         assert "set-cookie" not in answer.headers
         assert index.requests[0].target == "/v1/search?q=nginx%26x&n=25"
         assert "authorization" not in index.requests[0].headers
+        index.answers["/v1/search"] = refuse(token_realm(index.url), "s")
+        assert lab.ask("/v1/search?q=x").status in (403, 502)
         index.answers["/v1/search"] = reply(503, b"<html>")
         assert lab.ask("/v1/search?q=x").status == 502
         assert lab.ask("/v1/search?q=x", {"Host": "ghcr.mirror.example"}).status == 404

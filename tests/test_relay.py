@@ -238,6 +238,13 @@ def test_a_range_comes_back_as_it_is(lab: Lab) -> None:
     assert (seen["range"], seen["if-range"]) == ("bytes=2-4", '"x"')
 
 
+@pytest.mark.parametrize("value", ["bytes=zz", "bytes", "lines=1-2", "bytes=5-2"])
+def test_a_range_that_makes_no_sense_is_ignored(lab: Lab, value: str) -> None:
+    lab.upstream.answers[BLOB] = reply(200, b"whole")
+    assert lab.ask(BLOB_PATH, {"Range": value}).body == b"whole"
+    assert lab.upstream.requests[0].headers.get("range") in (None, "lines=1-2")
+
+
 def test_a_bad_range_is_416_with_the_size(lab: Lab) -> None:
     lab.upstream.answers[BLOB] = reply(416, b"<html>", {"Content-Range": "bytes */10", "Content-Type": "text/html"})
     answer = lab.ask(BLOB_PATH, {"Range": "bytes=99-"})
@@ -259,7 +266,7 @@ def test_the_link_to_the_next_page_leads_to_the_mirror(lab: Lab, link: str) -> N
     link = link.format(name=lab.name, url=lab.upstream.url) + '; rel="next"'
     lab.upstream.answers[path] = reply_json(200, {"tags": ["a", "b"]}, {"Link": link})
     answer = lab.ask(f"/v2/{lab.name}/tags/list?n=2&last=0&ns=docker.io&evil=1")
-    assert answer.headers["link"] == f'</v2/{lab.name}/tags/list?last=b&n=2>; rel="next"'
+    assert answer.headers["link"] == f'</v2/{lab.name}/tags/list?last=b&n=2&ns=docker.io>; rel="next"'
     assert lab.upstream.requests[0].target == f"{path}?n=2&last=0"
 
 

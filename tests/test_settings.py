@@ -212,6 +212,7 @@ def test_without_a_file_the_well_known_registries_are_served() -> None:
         ('["docker.io"]\nusername = "a"\npassword_file = "/nowhere"', "password_file: /nowhere: No such file"),
         ('["docker.io"]\nusername = "a"\npassword_file = "/dev/null"', "password_file: /dev/null is empty"),
         ('["docker.io"]\nproxy = "127.0.0.1:1080"', "proxy: must be a URL such as socks5h"),
+        ('["docker.io"]\nimages = []', "images: must name at least one image"),
         ('["docker.io"]\nimages = "library/*"', "images: must be a list of texts"),
         ('["docker.io"]\nsearch = "index"', "search: 'index' is not a URL"),
         ('["docker.io"]\nenabled = "no"', "enabled: must be true or false"),
@@ -273,6 +274,12 @@ def test_the_owner_sees_the_settings_in_force(tmp_path: Path) -> None:
     assert "MIRROR_LOGIN=off\n" in shown.output
     assert "MIRROR_PUBLIC_URL=\n" in shown.output
     assert "# docker.io: https://hub.example\n" in shown.output
+
+
+def test_no_password_is_shown() -> None:
+    proxy = "http://alice:wonderland@proxy.example:3128"
+    assert "wonderland" not in run_cli("settings", HTTPS_PROXY=proxy).output
+    assert "wonderland" not in repr(Config.from_environ({"HTTPS_PROXY": proxy}))
 
 
 def test_the_owner_is_told_of_a_wrong_setting() -> None:
