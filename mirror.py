@@ -53,6 +53,7 @@ from urllib.parse import urlsplit
 
 import certifi
 import gevent
+import gevent.ssl
 import requests
 import urllib3
 from flask import Flask
@@ -582,6 +583,7 @@ USER_AGENT = f"docker-mirror/{__version__}"
 VIA = "docker-mirror"
 REDIRECTS = frozenset((301, 302, 303, 307, 308))
 MAX_REDIRECTS = 5
+TLS_RECORD = 16 << 10  # bytes, at most
 PING_SECONDS = 12  # dockerd waits 15
 OPEN_SECONDS = 60  # for which a registry is taken to ask for nothing: a false 200 must not last
 MAX_FOREIGN_BODY = 1 << 20  # of a token answer, an error, a redirect: whatever is read whole
@@ -876,10 +878,32 @@ class Adapter(HTTPAdapter):
         }
 
 
+class TlsSocket(gevent.ssl.SSLSocket):
+    """Fill a large buffer in one call.
+
+    http.client's reader would come down through four more layers of Python for each TLS record of 16 KB.
+    """
+
+    def recv_into(self, buffer: Any, nbytes: int | None = None, flags: int = 0) -> int:
+        """Fill `buffer`, unless the stream ends. Small ones, as heads are read by, take what is there."""
+        size = len(buffer)
+        if nbytes is not None or size <= TLS_RECORD:
+            return super().recv_into(buffer, nbytes, flags)
+        view = memoryview(buffer)
+        filled = 0
+        while filled < size:
+            count: Any = self.read(size - filled, view[filled:])  # the number of bytes, since a buffer is given
+            if not count:
+                break
+            filled += count
+        return filled
+
+
 def tls_context(ca_file: str | None) -> ssl.SSLContext:
     """Return a context that trusts the bundle of requests, the system's authorities, and those of `ca_file`."""
     context = ssl.create_default_context(cafile=certifi.where())
     context.load_default_certs()
+    context.sslsocket_class = TlsSocket
     if ca_file is not None:
         context.load_verify_locations(ca_file)
     return context
