@@ -19,6 +19,7 @@ import os
 import resource
 import socket
 import sys
+import weakref
 from typing import Any
 
 import gevent
@@ -54,6 +55,23 @@ class Worker(GeventWorker):
         (errors.UnsupportedTransferCoding, 501, "the transfer coding is not known"),
         (errors.ParseException, 400, "this is no valid HTTP request"),
     )
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.waiting: weakref.WeakKeyDictionary[Any, gevent.Timeout] = weakref.WeakKeyDictionary()
+
+    def timeout_ctx(self) -> Any:
+        """Return the time limit of the wait for a connection's next request, and note it."""
+        timeout = gevent.Timeout(self.cfg.keepalive, False)
+        self.waiting[gevent.getcurrent()] = timeout
+        return timeout
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        """End at SIGTERM as soon as the running requests have ended: a kept connection is none."""
+        super().handle_exit(sig, frame)
+        for connection, timeout in list(self.waiting.items()):
+            if timeout.pending:
+                gevent.get_hub().loop.run_callback(connection.throw, timeout)
 
     def handle_error(self, req: Any, client: socket.socket, addr: Any, exc: BaseException) -> None:
         """Answer what gunicorn could not parse; a log line of gunicorn's own would hold the query."""
