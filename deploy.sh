@@ -77,7 +77,7 @@ run() {
     install_into_venv ""
     # gunicorn listens on every --bind that it is given, so ours must not stand beside another.
     case " $* ${GUNICORN_CMD_ARGS:-} " in
-        *" -b"* | *" --b"*) ;;
+        *" -b"* | *" --bi"*) ;;
         *) set -- --bind "$bind" "$@" ;;
     esac
     exec "$venv/bin/gunicorn" --config python:wsgi --worker-connections 2000 --keep-alive 75 --graceful-timeout 300 "$@" wsgi:app
