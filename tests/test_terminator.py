@@ -1,0 +1,261 @@
+"""A real nginx with README's own block does TLS in front of the mirror, as on its users' hosts."""
+
+from __future__ import annotations
+
+import http.client
+import re
+import socket
+import ssl
+import struct
+import time
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import trustme
+from clients import Dockerd
+from conftest import needs
+from hub import PASSWORD
+from hub import USER
+from hub import Hub
+from lab import DIGEST
+from lab import Lab
+from lab import Reply
+from parts import Premises
+from processes import poll
+from pulls import assert_denied
+from pulls import pulled_by_containerd
+from pulls import pulled_by_docker
+from pulls import succeeds
+from serving import Mirror
+from upstream import Request
+from upstream import reply
+
+ROOT = Path(__file__).resolve().parent.parent
+READMES = [ROOT / "README.md", ROOT / "README.zh-CN.md"]
+ADDRESS = "127.0.0.20"
+CLIENT = "127.0.0.21"  # the mirror sees the terminator come from 127.0.0.1
+STRANGER = "203.0.113.9"
+SERVED_AT = "http://127.0.0.1:5000"
+MIB = 1 << 20
+BLOB_PATH = f"/v2/app/blobs/{DIGEST}"
+BLOB = f"/v2/library/app/blobs/{DIGEST}"
+BROKEN = (http.client.IncompleteRead, ConnectionResetError)
+
+
+def block_of(readme: Path) -> str:
+    """Return the nginx block that a README tells its reader to paste."""
+    (block,) = re.findall(r"^```nginx\n(.*?)^```$", readme.read_text(), re.M | re.S)
+    return str(block)
+
+
+class Terminator(Premises):
+    """Run nginx with TLS and README's block in front of a mirror."""
+
+    def __init__(self, mirror: Mirror) -> None:
+        super().__init__(trustme.CA())
+        self._mirror = mirror
+
+    def start(self) -> None:
+        """Start nginx."""
+        block = block_of(READMES[0])
+        assert block.count(SERVED_AT) == 1
+        self._nginx = self.nginx("terminator", ADDRESS, block.replace(SERVED_AT, self._mirror.url))
+        self.url = self._nginx.url
+        self.host = self.url.removeprefix("https://")
+        self._trust = ssl.create_default_context(cafile=str(self.ca_file))
+        self._nginx.wait()
+
+    def ask(self, path: str, headers: Mapping[str, str] | None = None) -> Reply:
+        """Ask through TLS, from an address of the client's own; raise what http.client raises for a broken answer."""
+        host, _, port = self.host.partition(":")
+        connection = http.client.HTTPSConnection(
+            host, int(port), timeout=30, context=self._trust, source_address=(CLIENT, 0)
+        )
+        try:
+            connection.request("GET", path, None, dict(headers or {}))
+            response = connection.getresponse()
+            found = {name.lower(): value for name, value in response.getheaders()}
+            return Reply(response.status, found, response.read())
+        finally:
+            connection.close()
+
+    def asked(self, since: int = 0) -> list[tuple[str, str, int]]:
+        """Return the requests that came through TLS, from a count on."""
+        return [(request.method, request.path, request.status) for request in self._nginx.requests()[since:]]
+
+
+class TrustingDockerd(Dockerd):
+    """Run dockerd and containerd on a host that trusts the terminator's authority, and no other.
+
+    dockerd itself does not check certificates of loopback addresses; containerd does.
+    """
+
+    def __init__(self, terminator: Terminator):
+        super().__init__(terminator.url)
+        self._ca_file = terminator.ca_file
+
+    def environment(self) -> dict[str, str]:
+        """Return the environment in which daemons and clients run."""
+        return super().environment() | {"SSL_CERT_FILE": str(self._ca_file), "SSL_CERT_DIR": str(self.folder)}
+
+
+@pytest.fixture(scope="module")
+def terminator(mirror: Mirror) -> Iterator[Terminator]:
+    with Terminator(mirror) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def trusting(terminator: Terminator) -> Iterator[TrustingDockerd]:
+    needs("root", "dockerd", "docker", "containerd", "ctr")
+    with TrustingDockerd(terminator) as running:
+        yield running
+
+
+def test_both_readmes_show_the_same_block() -> None:
+    assert block_of(READMES[0]) == block_of(READMES[1])
+
+
+# Real clients
+
+
+def test_dockerd_pulls_short_names_through_tls(trusting: TrustingDockerd, terminator: Terminator, hub: Hub) -> None:
+    before = len(terminator.asked())
+    pulled_by_docker(trusting, "hello-world", hub.repositories["library/hello-world"])
+    pulled_by_docker(trusting, "bitnami/postgresql", hub.repositories["bitnami/postgresql"])
+    assert poll(lambda: len(terminator.asked(before)) >= 10, 5)
+    path = "/v2/library/hello-world/manifests/latest"
+    assert terminator.asked(before)[:3] == [("GET", "/v2/", 401), ("GET", "/token", 200), ("HEAD", path, 200)]
+
+
+def test_dockerd_logs_in_through_tls_and_pulls_a_private_image_by_its_full_name(
+    trusting: TrustingDockerd, terminator: Terminator, hub: Hub
+) -> None:
+    name = f"{terminator.host}/private/app"
+    assert_denied(trusting.docker("pull", name))
+    login = ("login", terminator.host, "--username", USER, "--password-stdin")
+    succeeds(trusting.docker(*login, config="login", stdin=PASSWORD))
+    pulled_by_docker(trusting, name, hub.repositories["private/app"], "login")
+
+
+def test_containerd_pulls_through_tls_whose_certificate_it_checks(
+    trusting: TrustingDockerd, docker: Dockerd, terminator: Terminator, hub: Hub
+) -> None:
+    before = len(terminator.asked())
+    assert docker.ctr_pull("docker.io/library/redis:latest", mirror_url=terminator.url).returncode != 0
+    assert terminator.asked(before) == [], "this containerd does not know the authority"
+    pulled_by_containerd(trusting, hub.repositories["library/redis"])
+    assert ("HEAD", "/v2/library/redis/manifests/latest", 200) in terminator.asked(before)
+
+
+# What the terminator tells the mirror
+
+
+def test_the_challenge_names_the_terminator_by_https(terminator: Terminator) -> None:
+    answer = terminator.ask("/v2/")
+    assert answer.status == 401
+    assert f'realm="{terminator.url}/token"' in answer.headers["www-authenticate"]
+
+
+def test_a_client_cannot_turn_the_challenge_elsewhere(terminator: Terminator) -> None:
+    forged = {"X-Forwarded-Host": "evil.example", "X-Forwarded-Proto": "http", "X-Forwarded-Prefix": "/evil"}
+    answer = terminator.ask("/v2/", forged | {"Forwarded": "host=evil.example;proto=http"})
+    assert f'realm="{terminator.url}/token"' in answer.headers["www-authenticate"]
+
+
+def test_the_log_shows_the_client_and_not_the_terminator(terminator: Terminator, mirror: Mirror) -> None:
+    since = mirror.mark()
+    terminator.ask("/healthz")
+    mirror.wait_for_requests(1, since)
+    assert mirror.log(since).startswith(f"{CLIENT} ")
+
+
+@pytest.mark.parametrize("forged", [STRANGER, f"{STRANGER}, {STRANGER}", f"{STRANGER}, 127.0.0.1", "x", ""])
+def test_an_address_that_a_client_claims_is_not_believed(terminator: Terminator, mirror: Mirror, forged: str) -> None:
+    since = mirror.mark()
+    headers = {"X-Forwarded-For": forged, "X-Real-IP": STRANGER, "Forwarded": f"for={STRANGER}"}
+    terminator.ask("/healthz", headers)
+    mirror.wait_for_requests(1, since)
+    log = mirror.log(since)
+    assert log.startswith(f"{CLIENT} ")
+    assert STRANGER not in log
+
+
+# What breaks off
+
+
+@pytest.fixture(scope="module")
+def shared_lab() -> Iterator[Lab]:
+    with Lab(first_byte_timeout=2, idle_timeout=0.5) as lab:
+        yield lab
+
+
+@pytest.fixture(scope="module")
+def lab_terminator(shared_lab: Lab) -> Iterator[Terminator]:
+    needs("nginx")
+    with Terminator(shared_lab.mirror) as running:
+        yield running
+
+
+@pytest.fixture
+def lab(shared_lab: Lab) -> Lab:
+    shared_lab.reset()
+    return shared_lab
+
+
+def sends(*parts: bytes, then: Callable[[socket.socket], object] = lambda _: None) -> Callable[..., None]:
+    """Return an answer of these bytes, after which the connection is treated so and closed."""
+
+    def answer(request: Request, connection: socket.socket) -> None:
+        for part in parts:
+            connection.sendall(part)
+        then(connection)
+
+    return answer
+
+
+def reset(connection: socket.socket) -> None:
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+SIZE = 4 * MIB
+LENGTH = reply(200, b"", {"Content-Length": str(SIZE)})
+CHUNKED = reply(200, b"", {"Transfer-Encoding": "chunked"})
+CHUNK = b"%x\r\n%s\r\n" % (SIZE, b"x" * SIZE)
+
+
+@pytest.mark.parametrize(
+    ("head", "body"), [(LENGTH, b"x" * SIZE), (CHUNKED, CHUNK + b"0\r\n\r\n")], ids=["length", "chunked"]
+)
+def test_a_whole_blob_comes_through_whole(lab: Lab, lab_terminator: Terminator, head: bytes, body: bytes) -> None:
+    lab.upstream.answers[BLOB] = sends(head, body)
+    assert lab_terminator.ask(BLOB_PATH).body == b"x" * SIZE
+
+
+@pytest.mark.parametrize("end", [lambda _: None, reset, lambda _: time.sleep(3)], ids=["closes", "resets", "stalls"])
+@pytest.mark.parametrize("received", [1, 40_000, 2 * MIB])
+@pytest.mark.parametrize(("head", "body"), [(LENGTH, CHUNK[8:]), (CHUNKED, CHUNK)], ids=["length", "chunked"])
+def test_a_blob_that_is_cut_upstream_breaks_off_behind_the_terminator(
+    lab: Lab,
+    lab_terminator: Terminator,
+    head: bytes,
+    body: bytes,
+    received: int,
+    end: Callable[[socket.socket], object],
+) -> None:
+    lab.upstream.answers[BLOB] = sends(head, body[: len(CHUNK) - SIZE - 2 + received], then=end)
+    with pytest.raises(BROKEN):
+        lab_terminator.ask(BLOB_PATH)
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_a_blob_that_is_cut_between_two_chunks_breaks_off_behind_the_terminator(
+    lab: Lab, lab_terminator: Terminator, chunks: int
+) -> None:
+    """There all bytes so far make a whole number of chunks: only the missing last one tells the cut."""
+    lab.upstream.answers[BLOB] = sends(CHUNKED, CHUNK * chunks)
+    with pytest.raises(BROKEN):
+        lab_terminator.ask(BLOB_PATH)
