@@ -62,7 +62,8 @@ class Worker(GeventWorker):
 
     def timeout_ctx(self) -> Any:
         """Return the time limit of the wait for a connection's next request, and note it."""
-        timeout = gevent.Timeout(self.cfg.keepalive, False)
+        silent: Any = False  # at its end nothing is raised
+        timeout = gevent.Timeout(self.cfg.keepalive, silent)
         self.waiting[gevent.getcurrent()] = timeout
         return timeout
 
