@@ -65,12 +65,19 @@ def parse_arguments() -> argparse.Namespace:
         help="compare: rates, CPU and memory beside nginx (the default); "
         "clients: 100 clients at 1 MB/s each, their digests and the mirror's memory",
     )
-    parser.add_argument("--rounds", type=int, default=5, choices=range(1, MAX_ROUNDS + 1), metavar="N")
+    parser.add_argument("--rounds", type=round_count, default=5, metavar="N", help=f"1 to {MAX_ROUNDS}; default 5")
     parser.add_argument("--short", action="store_true", help="one round of small sizes: does all of it still run?")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all values there")
     also = "compare this working copy too; repeatable"
     parser.add_argument("--also", type=Path, action="append", default=[], metavar="DIR", help=also)
     return parser.parse_args()
+
+
+def round_count(text: str) -> int:
+    """Return how many rounds `text` says; raise ArgumentTypeError for what is no such number."""
+    if not text.isdecimal() or not 1 <= int(text) <= MAX_ROUNDS:
+        raise argparse.ArgumentTypeError(f"must be a number from 1 to {MAX_ROUNDS}")
+    return int(text)
 
 
 def compare(hub: Hub, starts: dict[str, Start], blobs: Blobs, scale: Scale, rounds: int) -> Samples:
