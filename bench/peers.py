@@ -23,8 +23,6 @@ from serving import Mirror
 
 HOST = "127.0.0.1"
 REPOSITORY = "library/bench"
-# As deploy.sh runs it.
-GUNICORN_OPTIONS = ("--worker-connections", "2000", "--keep-alive", "75", "--graceful-timeout", "300")
 
 # The frame of both nginx peers. worker_connections as gunicorn has them: one for the client and one for upstream.
 NGINX_CONFIG = """\
@@ -180,7 +178,7 @@ def pull_token(hub: Hub) -> str:
 def peers(also: list[Path]) -> dict[str, Start]:
     """Return how to start each peer, by name; `also` are working copies to compare with this one."""
     found: dict[str, Start] = {
-        "mirror": lambda hub: Mirror(*GUNICORN_OPTIONS, registries=hub.registries_file),
+        "mirror": lambda hub: Mirror(registries=hub.registries_file),
         "tuned": lambda hub: Nginx(hub, TUNED),
         "recipe": lambda hub: Nginx(hub, RECIPE),
     }
@@ -190,4 +188,4 @@ def peers(also: list[Path]) -> dict[str, Start]:
 
 
 def _checkout(folder: Path) -> Start:
-    return lambda hub: Checkout(folder, *GUNICORN_OPTIONS, registries=hub.registries_file)
+    return lambda hub: Checkout(folder, registries=hub.registries_file)

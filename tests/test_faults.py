@@ -3,7 +3,6 @@
 import http.client
 import socket
 import ssl
-import struct
 import time
 from collections.abc import Callable
 from collections.abc import Iterator
@@ -20,6 +19,8 @@ from processes import poll
 from upstream import RawUpstream
 from upstream import Request
 from upstream import reply
+from upstream import reset
+from upstream import sends
 
 BLOB_PATH = f"/v2/app/blobs/{DIGEST}"
 BLOB = f"/v2/library/app/blobs/{DIGEST}"
@@ -41,21 +42,6 @@ def lab(shared_lab: Lab) -> Lab:
 
 def unavailable(reply: Reply, status: int) -> bool:
     return (reply.status, reply.code) == (status, "UNAVAILABLE")
-
-
-def sends(*parts: bytes, then: Callable[[socket.socket], object] = lambda _: None) -> Callable[..., None]:
-    """Return an answer of these bytes, after which the connection is treated so and closed."""
-
-    def answer(request: Request, connection: socket.socket) -> None:
-        for part in parts:
-            connection.sendall(part)
-        then(connection)
-
-    return answer
-
-
-def reset(connection: socket.socket) -> None:
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
 def drain(client: socket.socket) -> None:

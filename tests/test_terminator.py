@@ -6,7 +6,6 @@ import http.client
 import re
 import socket
 import ssl
-import struct
 import time
 from collections.abc import Callable
 from collections.abc import Iterator
@@ -30,8 +29,9 @@ from pulls import pulled_by_containerd
 from pulls import pulled_by_docker
 from pulls import succeeds
 from serving import Mirror
-from upstream import Request
 from upstream import reply
+from upstream import reset
+from upstream import sends
 
 ROOT = Path(__file__).resolve().parent.parent
 READMES = [ROOT / "README.md", ROOT / "README.zh-CN.md"]
@@ -204,21 +204,6 @@ def lab_terminator(shared_lab: Lab) -> Iterator[Terminator]:
 def lab(shared_lab: Lab) -> Lab:
     shared_lab.reset()
     return shared_lab
-
-
-def sends(*parts: bytes, then: Callable[[socket.socket], object] = lambda _: None) -> Callable[..., None]:
-    """Return an answer of these bytes, after which the connection is treated so and closed."""
-
-    def answer(request: Request, connection: socket.socket) -> None:
-        for part in parts:
-            connection.sendall(part)
-        then(connection)
-
-    return answer
-
-
-def reset(connection: socket.socket) -> None:
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
 SIZE = 4 * MIB

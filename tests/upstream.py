@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import socket
 import ssl
+import struct
 import threading
 from collections.abc import Callable
 from collections.abc import Mapping
@@ -19,7 +20,6 @@ from http import HTTPStatus
 from types import TracebackType
 from typing import NamedTuple
 from typing import Self
-from urllib.parse import urlsplit
 
 LOOPBACK = "127.0.0.1"
 
@@ -147,6 +147,17 @@ def token_realm(url: str) -> str:
     return f"{url}/realm"
 
 
-def hostname(url: str) -> str:
-    """Return host and port of a URL."""
-    return urlsplit(url).netloc
+def sends(*parts: bytes, then: Callable[[socket.socket], object] = lambda _: None) -> Callable[..., None]:
+    """Return an answer of these bytes, after which the connection is treated so and closed."""
+
+    def answer(request: Request, connection: socket.socket) -> None:
+        for part in parts:
+            connection.sendall(part)
+        then(connection)
+
+    return answer
+
+
+def reset(connection: socket.socket) -> None:
+    """Let a connection end with a reset when it is closed."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
