@@ -25,6 +25,7 @@ workers: waiting is cooperative, and the time limits are gevent's.
 from __future__ import annotations
 
 import errno
+import hashlib
 import http.client
 import ipaddress
 import json
@@ -74,10 +75,12 @@ from werkzeug.datastructures import Authorization
 from werkzeug.datastructures import Headers
 from werkzeug.datastructures import WWWAuthenticate
 from werkzeug.exceptions import HTTPException
+from werkzeug.http import parse_content_range_header
 from werkzeug.http import parse_date
 from werkzeug.http import parse_options_header
 from werkzeug.http import parse_range_header
 from werkzeug.http import quote_header_value
+from werkzeug.http import unquote_etag
 from werkzeug.middleware.proxy_fix import ProxyFix
 
 from settings import DIRECT
@@ -618,7 +621,7 @@ class Wanted(NamedTuple):
 
     `resource` is the path after the repository's name; `headers` go upstream as they are; `authorization` is the
     client's own, or None where the mirror acts as itself; `missing` is the error that a 404 stands for;
-    `whole` asks for the body to be read at once.
+    `whole` asks for the body to be read at once, `verify` for a body that has not its digest to be refused.
     """
 
     target: Target
@@ -630,6 +633,18 @@ class Wanted(NamedTuple):
     missing: type[NotFound]
     trail: Trail
     whole: bool = False
+    verify: bool = False
+
+    @property
+    def digest(self) -> str | None:
+        """Return the digest that names the content, and so every byte of it; None for a tag or a list."""
+        kind, _, reference = self.resource.partition("/")
+        return reference if kind in ("blobs", "manifests") and ":" in reference else None
+
+    def hash(self, answer: Answer) -> Hash | None:
+        """Return what the answer's body is to be hashed with; None where it is not whole, or not to be verified."""
+        digest = self.digest if self.verify and self.method == "GET" and answer.status == 200 else None
+        return Hash(digest) if digest is not None and digest.partition(":")[0] in HEX_DIGITS else None
 
 
 class Site(NamedTuple):
@@ -684,6 +699,28 @@ class Answer(NamedTuple):
     def host(self) -> str:
         """Return host and port of the server that answered."""
         return host_of(str(self.response.url))
+
+    @property
+    def is_complete(self) -> bool:
+        """Tell whether the body has been read whole."""
+        return str(len(self.start)) == self.response.headers.get("Content-Length")
+
+
+class Hash:
+    """Hash bytes as they pass, and tell whether all together have a digest of sha256 or sha512."""
+
+    def __init__(self, digest: str) -> None:
+        algorithm, _, self._expected = digest.partition(":")
+        self._hash = hashlib.new(algorithm)
+
+    def update(self, chunk: bytes) -> None:
+        """Take the next bytes in."""
+        self._hash.update(chunk)
+
+    def check(self, host: str) -> None:
+        """Raise BadGateway unless the bytes, which came from `host`, are the right ones."""
+        if self._hash.hexdigest() != self._expected:
+            raise BadGateway(f"{host} sent bytes that do not have the digest they are named by")
 
 
 class Reply(NamedTuple):
@@ -1144,6 +1181,7 @@ class Upstream:
         self._timeouts = (config.connect_timeout, config.first_byte_timeout)
         self._first_byte = config.first_byte_timeout
         self._budget = config.connect_timeout + config.first_byte_timeout
+        self.idle_timeout = config.idle_timeout
         contexts = {ca: tls_context(ca) for ca in {registry.ca_file for registry in registries.values()}}
         self._guards = {name: Guard(registry, config.ipv4_only) for name, registry in registries.items()}
         self._adapters = {
@@ -1156,17 +1194,18 @@ class Upstream:
         self._tokens = TokenStore()
         self._cooldowns = Cooldowns()
 
-    def fetch(self, wanted: Wanted) -> Answer:
+    def fetch(self, wanted: Wanted, first: int = 0) -> Answer:
         """Return the answer to pass on: 2xx or 304. Whoever gets it must close its response.
 
-        The mirror itself goes from one endpoint to the next while they limit or fail; a client's own credentials go to
-        the first one only. Raises MirrorError: the most telling of the failures, within connect and first-byte timeout
-        in all.
+        The mirror itself goes from one endpoint to the next while they limit or fail, round from number `first`; a
+        client's own credentials go to endpoint 0 only. Raises MirrorError: the most telling of the failures, within
+        connect and first-byte timeout in all.
         """
         registry, repository, _ = wanted.target
         sites = [Site.endpoint(registry, number, repository) for number in range(len(registry.endpoints))]
         if wanted.authorization is not None or len(sites) == 1:
             return self._attempt(sites[0], wanted, self._budget)
+        sites = sites[first % len(sites) :] + sites[: first % len(sites)]
         end, keys = time.monotonic() + self._budget, [site.key for site in sites]
         while (answer := self._first_answer(sites, wanted, end)) is None:
             if not self._cooldowns.tried(keys) or time.monotonic() > end:
@@ -1218,6 +1257,9 @@ class Upstream:
             answer = self._follow(site, wanted.method, url, wanted.headers, wanted.authorization, wanted.trail)
             raise_for_status(answer, wanted.missing, lambda errors: self._refusal(site, wanted, answer, errors))
             answer = started(answer, wanted.method, is_blob=wanted.missing is BlobUnknown)
+            if answer.is_complete and (whole := wanted.hash(answer)):
+                whole.update(answer.start)
+                whole.check(answer.host)
             if not wanted.whole:
                 return answer
             return answer._replace(start=answer.start + read_bounded(answer.response, MAX_TAGS - len(answer.start)))
@@ -1520,6 +1562,9 @@ FAST_RATE = 4_000_000  # bytes per second
 READABLE = 1  # of the event loop's io watchers
 ESTABLISHED = b"\x01"  # TCP_INFO's first byte, linux/tcp.h
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER for 0 seconds
+RESUME_PAUSES = (0, 1 / 60, 1 / 30, 1 / 15, 2 / 15)  # of the idle timeout, before each try to go on
+PROGRESS = SLOW_CHUNK  # bytes after which the tries are counted anew
+MAX_SKIPPED = 32 << 20  # bytes that a server which ignores Range may send again
 
 
 class ClientGone(gevent.GreenletExit):
@@ -1573,17 +1618,172 @@ def watched(client: socket.socket | None) -> Iterator[None]:
             watch.stop()
 
 
+class Span(NamedTuple):
+    """Say which bytes of a whole an answer holds, the first and the last counted in; None is not known."""
+
+    first: int
+    last: int | None
+    total: int | None
+
+    @classmethod
+    def of(cls, answer: Answer) -> Span | None:
+        """Return what an answer to GET holds; None where the rest of it could not be asked for: several ranges."""
+        length = answer.response.headers.get("Content-Length")
+        if answer.status == 200:
+            return cls(0, None, None) if length is None else cls(0, int(length) - 1, int(length))
+        found = parse_content_range_header(answer.response.headers.get("Content-Range"))
+        if answer.status != 206 or found is None or found.start is None or found.stop is None:
+            return None
+        fits = found.units == "bytes" and length in (None, str(found.stop - found.start))
+        return cls(found.start, found.stop - 1, found.length) if fits else None
+
+
+def is_same(before: Answer, after: Answer, digest: str | None) -> bool:
+    """Tell whether two answers hold bytes of one thing.
+
+    What a `digest` names is the same everywhere, and its ETags are compared at one host only: another one may have its
+    own. All else must have the same strong ETag (RFC 9110, 13.1.5), or the same digest in its header.
+    """
+    old, new = before.response.headers, after.response.headers
+    if old.get("Content-Encoding") != new.get("Content-Encoding"):
+        return False
+    digests = {headers.get("Docker-Content-Digest") for headers in (old, new)}
+    (tag, weak), (new_tag, new_weak) = unquote_etag(old.get("ETag")), unquote_etag(new.get("ETag"))
+    if digest is not None:
+        same_tags = before.host != after.host or None in (tag, new_tag) or tag == new_tag
+        return same_tags and digests <= {None, digest}
+    if None not in digests:
+        return len(digests) == 1
+    return tag is not None and (tag, weak) == (new_tag, new_weak) and not weak
+
+
+class Stream:
+    """Read the body of an answer to GET. When upstream breaks off in the middle, ask for the rest, and go on.
+
+    The registry is asked anew, since a storage host's signed URL may have expired, and after a try that brought nothing
+    the next endpoint first. A server that ignores Range sends it all again, of which up to `MAX_SKIPPED` is skipped.
+    Source: RFC 9110, 14.2 to 14.4. Whoever has a stream must close it.
+    """
+
+    def __init__(self, upstream: Upstream, wanted: Wanted, answer: Answer) -> None:
+        self._upstream = upstream
+        self._wanted = wanted
+        self._answer = answer
+        self._ready = answer.start
+        self._span = Span.of(answer)
+        self._at = self._resumed_at = self._span.first if self._span else 0  # the next byte's number in the whole
+        self._tries = 0  # without progress
+
+    @property
+    def host(self) -> str:
+        """Return the host that sends."""
+        return self._answer.host
+
+    def read(self, size: int) -> bytes:
+        """Return at most `size` bytes (the first read may bring more), empty at the end.
+
+        Raises BadGateway where upstream broke off and the rest is not to be had.
+        """
+        while True:
+            try:
+                chunk = self._next(size)
+            except UPSTREAM_FAILURES as error:
+                self._go_on(error)
+            else:
+                self._at += len(chunk)
+                return chunk
+
+    def close(self) -> None:
+        """Close the connection to upstream, unless the answer was read to its end and gave it back."""
+        self._answer.response.close()
+
+    def _next(self, size: int) -> bytes:
+        if self._ready:
+            chunk, self._ready = self._ready, b""
+            return chunk
+        if self._tries:  # a reset loses what a read has gathered so far: on a bad line, read as little as it brings
+            size = min(size, max(self._at - self._resumed_at, SLOW_CHUNK))
+        if self._span is not None and self._span.last is not None:
+            size = min(size, self._span.last + 1 - self._at)
+        return cast(bytes, self._answer.response.raw.read(size, decode_content=False)) if size else b""
+
+    def _go_on(self, error: Exception) -> None:
+        """Take the place of an answer that broke off by one that holds the rest of it."""
+        before = self._answer.host
+        if self._at - self._resumed_at >= PROGRESS:
+            self._tries = 0
+        while self._span is not None and self._tries < len(RESUME_PAUSES):
+            self.close()
+            gevent.sleep(RESUME_PAUSES[self._tries] * self._upstream.idle_timeout)
+            self._tries += 1
+            try:
+                self._answer = self._rest(self._span, self._tries - 1)
+            except MirrorError as failure:
+                error = failure
+            else:
+                self._ready, self._resumed_at = self._answer.start, self._at
+                log.warning("%s broke off: went on at byte %d with %s", before, self._at, self._answer.host)
+                return
+        raise BadGateway(f"{before} broke off in mid-answer: {root_cause(error)}") from error
+
+    def _rest(self, span: Span, first: int) -> Answer:
+        """Return an answer that goes on where the last one broke off; endpoint number `first` is asked first."""
+        end = "" if span.last is None or span.last + 1 == span.total else span.last
+        headers = kept(self._wanted.headers, ("Accept", "Via")) | {"Range": f"bytes={self._at}-{end}"}
+        etag = self._answer.response.headers.get("ETag")
+        if self._wanted.digest is None and etag is not None:
+            headers["If-Range"] = etag
+        answer = self._upstream.fetch(self._wanted._replace(headers=headers, trail=Trail()), first)
+        try:
+            found = self._checked(answer, span)
+            self._span = Span(span.first, found.last if span.last is None else span.last, found.total)
+            return skip(answer, self._at - found.first)
+        except BaseException:
+            answer.response.close()
+            raise
+
+    def _checked(self, answer: Answer, span: Span) -> Span:
+        """Return what an answer holds if that is the rest, or all; raise BadGateway."""
+        found, last = Span.of(answer), span.last
+        if found is None or differ(found.total, span.total) or not is_same(self._answer, answer, self._wanted.digest):
+            raise BadGateway(f"{answer.host} has something else there now")
+        if answer.status == 200 and self._at >= MAX_SKIPPED:
+            raise BadGateway(f"{answer.host} ignores Range, and would send {self._at} bytes again")
+        if answer.status == 206 and (found.first != self._at or differ(found.last, last)):
+            raise BadGateway(f"{answer.host} sends another range than it was asked for")
+        return found
+
+
+def differ(one: int | None, other: int | None) -> bool:
+    """Tell whether two numbers, as far as they are known, are two."""
+    return None not in (one, other) and one != other
+
+
+def skip(answer: Answer, count: int) -> Answer:
+    """Return the answer without the first `count` bytes of its body; raise BadGateway where they are not to be had."""
+    start = answer.start
+    with upstream_errors(answer.host):
+        while len(start) < count:
+            count -= len(start)
+            start = answer.response.raw.read(min(count, FAST_CHUNK), decode_content=False)
+            if not start:
+                raise BadGateway(f"{answer.host} ended too early")
+    return answer._replace(start=start[count:])
+
+
 class Body:
     """Pass the bytes of an answer on as they come. Whoever has one must close it.
 
     The size of a chunk follows the transfer's rate: large ones save CPU, small ones keep a slow client cheap. If
-    upstream breaks off, or is silent for longer than the idle timeout, the client's connection is reset.
+    upstream breaks off for good, the client's connection is reset. With a `whole` to be hashed, the last chunk is held
+    back until all bytes together are found to be right.
     A class and no generator: a generator that was never started cannot close its response.
     """
 
-    def __init__(self, answer: Answer, client: socket.socket | None) -> None:
-        self._answer = answer
+    def __init__(self, stream: Stream, client: socket.socket | None, whole: Hash | None) -> None:
+        self._stream = stream
         self._client = client
+        self._whole = whole
         self._watch: ClientWatch | None = None
         self._size = FIRST_CHUNK
         self._window = 0
@@ -1593,19 +1793,29 @@ class Body:
         if self._client is not None:
             self._watch = ClientWatch(self._client)
         self._since = time.monotonic()
-        yield self._answer.start  # empty, it sends the headers: containerd waits 30 s for them, a chunk may take longer
-        while chunk := self._read():
+        yield b""  # sends the headers: containerd waits 30 s for them, the first chunk may take longer
+        try:
+            yield from self._chunks() if self._whole is None else self._verified(self._whole)
+        except BadGateway as error:
+            log.warning("%s", error)
+            self._reset()
+            raise ConnectionResetError(errno.ECONNRESET, "upstream broke off") from error
+
+    def _chunks(self) -> Iterator[bytes]:
+        while chunk := self._stream.read(self._size):
+            self._window += len(chunk)
+            if self._window >= WINDOW:
+                self._pace()
             yield chunk
 
-    def _read(self) -> bytes:
-        try:
-            chunk: bytes = self._answer.response.raw.read(self._size, decode_content=False)
-        except UPSTREAM_FAILURES as error:
-            raise self._broken(error) from error
-        self._window += len(chunk)
-        if self._window >= WINDOW:
-            self._pace()
-        return chunk
+    def _verified(self, whole: Hash) -> Iterator[bytes]:
+        held = b""
+        for chunk in self._chunks():
+            yield held
+            whole.update(chunk)
+            held = chunk
+        whole.check(self._stream.host)
+        yield held
 
     def _pace(self) -> None:
         now = time.monotonic()
@@ -1613,17 +1823,16 @@ class Body:
         self._size = FAST_CHUNK if fast else SLOW_CHUNK
         self._window, self._since = 0, now
 
-    def _broken(self, error: Exception) -> ConnectionResetError:
-        log.warning("%s broke off in mid-answer: %s", self._answer.host, root_cause(error))
-        if self._client is not None:  # a plain close would end an answer without a length as if it were whole
+    def _reset(self) -> None:
+        """Let the client's connection end with a reset: a plain close would end a body without a length cleanly."""
+        if self._client is not None:
             self._client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
-        return ConnectionResetError(errno.ECONNRESET, "upstream broke off")
 
     def close(self) -> None:
-        """Close the connection to upstream, unless the answer was read to its end and gave it back."""
+        """Close the connection to upstream."""
         if self._watch is not None:
             self._watch.stop()
-        self._answer.response.close()
+        self._stream.close()
 
 
 class Relayed(Response):
@@ -1633,14 +1842,15 @@ class Relayed(Response):
     automatically_set_content_length = False
 
 
-def relay(answer: Answer, method: str, client: socket.socket | None) -> Response:
-    """Return the response that passes `answer` on; `client` is the socket to reset if upstream breaks off."""
+def relay(upstream: Upstream, wanted: Wanted, answer: Answer, client: socket.socket | None) -> Response:
+    """Return the response that passes `answer` on; `client` is the socket to reset if upstream breaks off for good."""
     headers = kept(answer.response.headers, RESPONSE_HEADERS)
-    if method == "HEAD" or answer.status in (204, 304):
+    if wanted.method == "HEAD" or answer.status in (204, 304):
         return Relayed(b"", answer.status, headers)
-    if len(answer.start) == int(headers.get("Content-Length", -1)):
+    if answer.is_complete:
         return Relayed(answer.start, answer.status, headers)
-    return Relayed(Body(answer, client), answer.status, headers, direct_passthrough=True)
+    body = Body(Stream(upstream, wanted, answer), client, wanted.hash(answer))
+    return Relayed(body, answer.status, headers, direct_passthrough=True)
 
 
 def next_page(header: str, path: str, ns: str | None) -> str | None:
@@ -1803,15 +2013,15 @@ class Views:
 
     def manifest(self, name: str, reference: str) -> Response:
         """Pass a manifest on, by tag or digest."""
-        return self._relay(self._fetch(name, f"manifests/{check_reference(reference)}", ManifestUnknown))
+        return self._pass_on(self._wanted(name, f"manifests/{check_reference(reference)}", ManifestUnknown))
 
     def blob(self, name: str, digest: str) -> Response:
         """Pass a blob on."""
-        return self._relay(self._fetch(name, f"blobs/{check_digest(digest)}", BlobUnknown))
+        return self._pass_on(self._wanted(name, f"blobs/{check_digest(digest)}", BlobUnknown))
 
     def tags(self, name: str) -> Response:
         """Pass a list of tags on, a page at a time, under the name by which the client asked."""
-        answer = self._fetch(name, "tags/list", NotFound, ("n", "last"), whole=request.method == "GET")
+        answer = self._fetch(self._wanted(name, "tags/list", NotFound, ("n", "last"), request.method == "GET"))
         body = answer.start if name == g.target.repository else renamed(answer.start, name)
         headers = kept(answer.response.headers, TAGS_HEADERS)
         if request.method == "GET":
@@ -1821,7 +2031,7 @@ class Views:
     def referrers(self, name: str, digest: str) -> Response:
         """Pass the list of what refers to a manifest on."""
         arguments = ("artifactType", "n", "last")
-        return self._relay(self._fetch(name, f"referrers/{check_digest(digest)}", ManifestUnknown, arguments))
+        return self._pass_on(self._wanted(name, f"referrers/{check_digest(digest)}", ManifestUnknown, arguments))
 
     def token(self, registry: str | None = None) -> Response:
         """Answer a request for a token: ``anonymous`` at once, or the realm's own answer to a login.
@@ -1899,14 +2109,15 @@ class Views:
             response.headers["WWW-Authenticate"] = self._our_challenge(error.challenge, g.target)
         return response
 
-    def _fetch(
+    def _wanted(
         self,
         name: str,
         resource: str,
         missing: type[NotFound],
         arguments: tuple[str, ...] = (),
         whole: bool = False,
-    ) -> Answer:
+    ) -> Wanted:
+        """Return what this request wants of upstream, `arguments` of its query among it."""
         ns = request.args.get("ns") or None
         target = g.target = self._router.resolve(request.host, ns, name)
         if ns is not None:
@@ -1915,14 +2126,16 @@ class Views:
         headers = kept(request.headers, REQUEST_HEADERS)
         if whole or parse_range_header(headers.get("Range")) is None:
             headers.pop("Range", None)  # RFC 9110, 14.2: one that makes no sense is ignored
-        own = self._own_authorization()
-        with watched(client_socket()):
-            return self._upstream.fetch(
-                Wanted(target, request.method, resource, query, headers, own, missing, trail(), whole)
-            )
+        own, verify = self._own_authorization(), self._config.verify
+        return Wanted(target, request.method, resource, query, headers, own, missing, trail(), whole, verify)
 
-    def _relay(self, answer: Answer) -> Response:
-        return self._linked(relay(answer, request.method, client_socket()), answer)
+    def _fetch(self, wanted: Wanted) -> Answer:
+        with watched(client_socket()):
+            return self._upstream.fetch(wanted)
+
+    def _pass_on(self, wanted: Wanted) -> Response:
+        answer = self._fetch(wanted)
+        return self._linked(relay(self._upstream, wanted, answer, client_socket()), answer)
 
     def _linked(self, response: Response, answer: Answer) -> Response:
         """Return the response with the way to its next page, if upstream gave one."""

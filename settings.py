@@ -123,6 +123,12 @@ class Config:
     connect_timeout: float = setting(5, seconds, "Seconds until a connection to upstream must stand.")
     first_byte_timeout: float = setting(20, seconds, "Seconds until upstream must begin to answer.")
     idle_timeout: float = setting(60, seconds, "Seconds that upstream may be silent within an answer.")
+    verify: bool = setting(
+        False,
+        switch,
+        "on: what is named by a digest is hashed as it passes, and never ends well with a wrong byte; "
+        "clients do so themselves.",
+    )
     ipv4_only: bool = setting(False, switch, "on: upstream is never reached by IPv6, for hosts where that is broken.")
     log_level: str = setting(
         "info",

@@ -30,7 +30,7 @@ BROKEN = (http.client.IncompleteRead, ConnectionResetError)
 
 @pytest.fixture(scope="module")
 def shared_lab() -> Iterator[Lab]:
-    with Lab(connect_timeout=1, first_byte_timeout=1.5, idle_timeout=1) as lab:
+    with Lab(connect_timeout=1, first_byte_timeout=1.5, idle_timeout=0.3) as lab:
         yield lab
 
 
