@@ -12,7 +12,9 @@ import click
 from mirror import __version__
 from settings import Config
 from settings import ConfigError
+from settings import Rate
 from settings import load_registries
+from settings import load_users
 from settings import variable
 
 
@@ -32,6 +34,7 @@ def settings(markdown: bool) -> None:
     try:
         config = Config.from_environ(os.environ)
         registries = load_registries(config)
+        load_users(config)
     except ConfigError as error:
         raise click.ClickException(str(error)) from None
     for item in fields(Config):
@@ -53,4 +56,6 @@ def shown(value: object) -> str:
     """Return a value as its variable would be written, but for a password: empty for unset, on and off for a switch."""
     if isinstance(value, bool):
         return "on" if value else "off"
+    if isinstance(value, tuple) and not isinstance(value, Rate):
+        return ",".join(map(str, value))
     return "" if value is None else re.sub(r"//[^/@]*@", "//***@", str(value))

@@ -26,16 +26,19 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import hmac
 import http.client
 import ipaddress
 import json
 import logging
 import math
 import re
+import secrets
 import socket
 import ssl
 import struct
 import time
+from collections import Counter
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
@@ -43,6 +46,7 @@ from contextlib import contextmanager
 from datetime import UTC
 from datetime import datetime
 from fnmatch import fnmatchcase
+from functools import cached_property
 from functools import partial
 from typing import Any
 from typing import NamedTuple
@@ -55,12 +59,14 @@ from urllib.parse import urlsplit
 import certifi
 import gevent
 import gevent.ssl
+import itsdangerous
 import requests
 import urllib3
 from flask import Flask
 from flask import Response
 from flask import g
 from flask import request
+from gevent.threadpool import ThreadPool
 from greenlet import greenlet
 from requests.adapters import HTTPAdapter
 from requests.structures import CaseInsensitiveDict
@@ -86,8 +92,13 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 from settings import DIRECT
 from settings import DOCKER_IO
 from settings import Config
+from settings import ConfigError
+from settings import Network
+from settings import Rate
 from settings import Registry
+from settings import did_you_mean
 from settings import load_registries
+from settings import load_users
 
 __version__ = "0.1.0"
 
@@ -222,7 +233,7 @@ class RangeInvalid(MirrorError):
 
 
 class TooManyRequests(MirrorError):
-    """Say that upstream limits the mirror; Retry-After tells for how long."""
+    """Say that upstream limits the mirror, or the mirror its client; Retry-After tells for how long."""
 
     status = 429
     code = "TOOMANYREQUESTS"
@@ -743,7 +754,6 @@ INNER_NETWORKS = [
 EMBEDDING_NETWORKS = [
     ipaddress.IPv6Network(block) for block in ("64:ff9b::/96", "::/96", "::ffff:0:0/96", "::ffff:0:0:0/96")
 ]
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 def plain_address(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
@@ -1771,6 +1781,19 @@ def skip(answer: Answer, count: int) -> Answer:
     return answer._replace(start=start[count:])
 
 
+class Transfer:
+    """Stand for the transfer of one blob, from its request to its end; this one has no limit.
+
+    Whoever has a transfer must close it.
+    """
+
+    def spend(self, count: int) -> None:
+        """Account for bytes that were sent; wait where that was too fast."""
+
+    def close(self) -> None:
+        """End the transfer."""
+
+
 class Body:
     """Pass the bytes of an answer on as they come. Whoever has one must close it.
 
@@ -1780,8 +1803,9 @@ class Body:
     A class and no generator: a generator that was never started cannot close its response.
     """
 
-    def __init__(self, stream: Stream, client: socket.socket | None, whole: Hash | None) -> None:
+    def __init__(self, stream: Stream, transfer: Transfer, client: socket.socket | None, whole: Hash | None) -> None:
         self._stream = stream
+        self._transfer = transfer
         self._client = client
         self._whole = whole
         self._watch: ClientWatch | None = None
@@ -1807,6 +1831,7 @@ class Body:
             if self._window >= WINDOW:
                 self._pace()
             yield chunk
+            self._transfer.spend(len(chunk))
 
     def _verified(self, whole: Hash) -> Iterator[bytes]:
         held = b""
@@ -1829,10 +1854,11 @@ class Body:
             self._client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
 
     def close(self) -> None:
-        """Close the connection to upstream."""
+        """Close the connection to upstream, and end the transfer."""
         if self._watch is not None:
             self._watch.stop()
         self._stream.close()
+        self._transfer.close()
 
 
 class Relayed(Response):
@@ -1842,15 +1868,20 @@ class Relayed(Response):
     automatically_set_content_length = False
 
 
-def relay(upstream: Upstream, wanted: Wanted, answer: Answer, client: socket.socket | None) -> Response:
-    """Return the response that passes `answer` on; `client` is the socket to reset if upstream breaks off for good."""
+def relay(
+    upstream: Upstream, wanted: Wanted, answer: Answer, transfer: Transfer, client: socket.socket | None
+) -> Response:
+    """Return the response that passes `answer` on, and in the end closes `transfer`.
+
+    `client` is the socket to reset if upstream breaks off for good.
+    """
     headers = kept(answer.response.headers, RESPONSE_HEADERS)
-    if wanted.method == "HEAD" or answer.status in (204, 304):
-        return Relayed(b"", answer.status, headers)
-    if answer.is_complete:
-        return Relayed(answer.start, answer.status, headers)
-    body = Body(Stream(upstream, wanted, answer), client, wanted.hash(answer))
-    return Relayed(body, answer.status, headers, direct_passthrough=True)
+    if wanted.method != "HEAD" and answer.status not in (204, 304) and not answer.is_complete:
+        body = Body(Stream(upstream, wanted, answer), transfer, client, wanted.hash(answer))
+        return Relayed(body, answer.status, headers, direct_passthrough=True)
+    transfer.spend(len(answer.start))
+    transfer.close()
+    return Relayed(answer.start, answer.status, headers)
 
 
 def next_page(header: str, path: str, ns: str | None) -> str | None:
@@ -1870,6 +1901,14 @@ def next_page(header: str, path: str, ns: str | None) -> str | None:
 
 READS = "GET, HEAD, OPTIONS"
 MAX_MIRRORS = 3  # one after another
+BURST = 1.0  # seconds of its bandwidth that a client which took nothing may take at once
+BUSY_SECONDS = "10"  # after which a client that was one too many may try again
+MAX_IDLE = 1000  # clients that are remembered though they may use nothing
+STORE_SECONDS = 2  # within which Redis must answer
+STORE_PAUSE = 30  # seconds for which it is left alone after a failure
+OWN_SERVICE = "docker-mirror"
+USER_TOKEN_SECONDS = 900
+MAX_LOGINS = 20  # that wait for their password to be checked
 PREFLIGHT = {
     "Access-Control-Allow-Methods": READS,
     "Access-Control-Allow-Headers": "Authorization, Accept, Range, If-None-Match, If-Range",
@@ -1924,6 +1963,287 @@ def admit_request() -> Response | None:
     return None
 
 
+class Terminated(ProxyFix):
+    """Believe X-Forwarded-* from the TLS terminators only: anybody else may write what he likes into them."""
+
+    def __init__(self, app: Any, hops: int, terminators: tuple[Network, ...]) -> None:
+        super().__init__(app, x_for=hops, x_proto=hops, x_host=hops)
+        self._terminators = terminators
+        self._warned = False
+
+    def __call__(self, environ: Any, start_response: Any) -> Any:
+        """Answer a request, with its X-Forwarded-* or without."""
+        peer = environ.get("REMOTE_ADDR", "")  # empty: a Unix socket
+        if not peer or is_within(peer, self._terminators):
+            return super().__call__(environ, start_response)
+        if "HTTP_X_FORWARDED_FOR" in environ and not self._warned:
+            self._warned = True
+            log.warning(
+                "X-Forwarded-For of %s is not believed: is it a terminator? MIRROR_TERMINATORS names them", peer
+            )
+        return self.app(environ, start_response)
+
+
+def is_within(address: str, networks: tuple[Network, ...]) -> bool:
+    """Tell whether an address lies in one of these networks; an IPv4 address may be written as an IPv6 one."""
+    if not networks or not is_address(address):
+        return False
+    parsed: Any = ipaddress.ip_address(address.partition("%")[0])
+    parsed = getattr(parsed, "ipv4_mapped", None) or parsed
+    return any(parsed in network for network in networks)
+
+
+def client_of(address: str) -> str:
+    """Return whom the limits take for one client: an IPv4 address, or an IPv6 /64, as Docker Hub does."""
+    if not is_address(address):
+        return address
+    parsed = plain_address(address)
+    return str(parsed) if parsed.version == 4 else str(ipaddress.ip_network((parsed, 64), strict=False))
+
+
+class ImageRule(NamedTuple):
+    """Hold a rule of images: globs over a full name, such as ``docker.io/library/*``, and over a tag or digest."""
+
+    name: str
+    reference: str
+
+    @classmethod
+    def parse(cls, text: str, registries: Mapping[str, Registry], default: str) -> ImageRule:
+        """Read a rule. As with docker, ``nginx`` is ``docker.io/library/nginx``.
+
+        Raises ConfigError for a registry that is not served, since such a rule would never do anything.
+        """
+        name, at, reference = text.partition("@")
+        if not at:
+            path, slash, last = name.rpartition("/")
+            last, _, reference = last.partition(":")
+            name = path + slash + last
+        first, slash, _ = name.partition("/")
+        if name == "*" or (slash and (first in registries or "*" in first or "?" in first)):
+            return cls(name, reference)
+        if slash and ("." in first or ":" in first):
+            raise ConfigError(f"{text}: {first} is no registry that is served{did_you_mean(first, registries)}")
+        return cls(f"{default}/{complete(registries[default], name)}", reference)
+
+    def meets(self, name: str, reference: str) -> bool:
+        """Tell whether the rule is about this, to the letter."""
+        return fnmatchcase(name, self.name) and (not self.reference or fnmatchcase(reference, self.reference))
+
+    def covers(self, name: str, reference: str) -> bool:
+        """Tell whether the rule is about this, or about a part of what it names.
+
+        A pull of an admitted tag asks for its manifests and blobs by digest, in the same repository.
+        """
+        return self.meets(name, reference) or (fnmatchcase(name, self.name) and (not reference or ":" in reference))
+
+
+class LimitedTransfer(Transfer):
+    """Count against the limits of a client, and of all."""
+
+    def __init__(self, gate: Gate, client: str) -> None:
+        self._gate = gate
+        self._client = client
+        self._ended = False
+
+    def spend(self, count: int) -> None:
+        """Account for bytes that were sent; wait until the client's transfers together are within its bandwidth."""
+        self._gate.spend(self._client, count)
+
+    def close(self) -> None:
+        """End the transfer; a second time does nothing."""
+        if not self._ended:
+            self._ended = True
+            self._gate.end_transfer(self._client)
+
+
+class Gate:
+    """Decide who may have what, and how much; without settings, everyone may have all."""
+
+    def __init__(self, config: Config, registries: Mapping[str, Registry]) -> None:
+        self._config = config
+        self._allowed = self._rules("ALLOW_IMAGES", config.allow_images, registries)
+        self._denied = self._rules("DENY_IMAGES", config.deny_images, registries)
+        self._agents = tuple(agent.lower() for agent in config.block_agents)
+        self._running: Counter[str] = Counter()  # transfers by client
+        self._all_running = 0
+        self._spent_until: dict[str, float] = {}  # by client, in time.monotonic(): what it took is used up then
+
+    def _rules(self, setting: str, texts: tuple[str, ...], registries: Mapping[str, Registry]) -> list[ImageRule]:
+        try:
+            return [ImageRule.parse(text, registries, self._config.default) for text in texts]
+        except ConfigError as error:
+            raise ConfigError(f"MIRROR_{setting}: {error}") from None
+
+    def admit_client(self, address: str, agent: str) -> None:
+        """Raise Denied for a client that may not pull, by its address or its User-Agent."""
+        allowed, denied = self._config.allow_clients, self._config.deny_clients
+        if (allowed and not is_within(address, allowed)) or is_within(address, denied):
+            raise Denied(f"this mirror is not for clients at {address}")
+        if any(part in agent.lower() for part in self._agents):
+            raise Denied("this mirror is not for this User-Agent")
+
+    def admit_image(self, target: Target, reference: str) -> None:
+        """Raise Denied for an image that may not be pulled; `reference` is a tag, a digest, or empty for a list."""
+        name = f"{target.registry.name}/{target.repository}"
+        if self._allowed and not any(rule.covers(name, reference) for rule in self._allowed):
+            raise Denied(f"this mirror does not serve {name}, or not by that name")
+        if any(rule.meets(name, reference) for rule in self._denied):
+            raise Denied(f"this mirror does not serve {name}, or not by that name")
+
+    def count_pull(self, address: str) -> None:
+        """Count a manifest that a client gets; raise TooManyRequests where it had too many."""
+        rate = self._config.pull_rate
+        if rate is not None:
+            wait = self._pulls.count(client_of(address))
+            if wait:
+                message = f"this mirror's limit for one client is {rate} manifests"
+                raise TooManyRequests(message, {"Retry-After": str(wait)})
+
+    def transfer(self, address: str) -> Transfer:
+        """Return a transfer of this client, which must be closed; raise TooManyRequests where too many run."""
+        one, every, client = self._config.client_transfers, self._config.transfers, client_of(address)
+        if one is not None and self._running[client] >= one:
+            raise TooManyRequests(f"this mirror runs {one} transfers for one client", {"Retry-After": BUSY_SECONDS})
+        if every is not None and self._all_running >= every:
+            raise TooManyRequests(f"this mirror runs {every} transfers at a time", {"Retry-After": BUSY_SECONDS})
+        self._running[client] += 1
+        self._all_running += 1
+        return LimitedTransfer(self, client)
+
+    def end_transfer(self, client: str) -> None:
+        """Count a transfer that has ended."""
+        self._all_running -= 1
+        self._running[client] -= 1
+        if not self._running[client]:
+            del self._running[client]
+
+    def spend(self, client: str, count: int) -> None:
+        """Account for bytes that were sent to a client; wait where it took them faster than it may."""
+        rate, now = self._config.client_bandwidth, time.monotonic()
+        if rate is None:
+            return
+        if len(self._spent_until) > MAX_IDLE:
+            self._spent_until = {client: until for client, until in self._spent_until.items() if until > now}
+        until = max(self._spent_until.get(client, 0), now - BURST) + count / rate
+        self._spent_until[client] = until
+        if until > now:
+            gevent.sleep(until - now)
+
+    @cached_property
+    def _pulls(self) -> PullCounter:
+        """Return the counter, made by the worker that uses it: neither its timer nor its connection can be forked."""
+        return PullCounter(cast(Rate, self._config.pull_rate), self._config.pull_rate_store)
+
+
+class PullCounter:
+    """Count what clients do within a time that slides on, in this process or in Redis."""
+
+    def __init__(self, rate: Rate, store: str | None) -> None:
+        # Imported by those who want it only: 4 MB of memory, and 6 more for Redis.
+        from limits import RateLimitItemPerSecond
+        from limits.storage import storage_from_string
+        from limits.strategies import SlidingWindowCounterRateLimiter
+
+        storage = storage_from_string(store or "memory://", wrap_exceptions=True, **_store_options(store))
+        self._limiter = SlidingWindowCounterRateLimiter(storage)
+        self._item = RateLimitItemPerSecond(rate.amount, rate.seconds, "docker-mirror")
+        self._failing_until = 0.0  # time.monotonic()
+
+    def count(self, client: str) -> int:
+        """Count once; return 0, or after how many seconds the client may come again.
+
+        While Redis fails, nobody is refused, and for a while it is not asked.
+        """
+        from limits.errors import StorageError
+
+        if time.monotonic() < self._failing_until:
+            return 0
+        try:
+            if self._limiter.hit(self._item, client):
+                return 0
+            return max(1, math.ceil(self._limiter.get_window_stats(self._item, client).reset_time - time.time()))
+        except StorageError as error:
+            log.warning("pulls are not counted for %d s: %s", STORE_PAUSE, root_cause(error.storage_error))
+            self._failing_until = time.monotonic() + STORE_PAUSE
+            return 0
+
+
+def _store_options(store: str | None) -> dict[str, Any]:
+    if store is None:
+        return {}
+    from redis.backoff import NoBackoff
+    from redis.retry import Retry
+
+    return {
+        "socket_timeout": STORE_SECONDS,
+        "socket_connect_timeout": STORE_SECONDS,
+        "retry": Retry(NoBackoff(), 0),
+    }
+
+
+class Users:
+    """Check the logins of the mirror's own users, and the tokens that they were given."""
+
+    def __init__(self, hashes: Mapping[str, bytes]) -> None:
+        self._hashes = hashes
+        self._secret = secrets.token_bytes(32)  # made before the workers are forked: all know it
+        self._signer = itsdangerous.URLSafeTimedSerializer(self._secret, "docker-mirror")
+        self._known: dict[bytes, float] = {}  # logins that were right, until time.monotonic()
+        self._waiting = 0
+
+    def __bool__(self) -> bool:
+        """Tell whether there are any: without, everyone may pull."""
+        return bool(self._hashes)
+
+    @cached_property
+    def _thread(self) -> ThreadPool:
+        """Return the one thread in which passwords are checked: bcrypt takes long, and must not take every core."""
+        return ThreadPool(1)
+
+    def token(self, user: str, password: str) -> str:
+        """Return a token for a user; raise Unauthorized for a wrong password, TooManyRequests for too many at once."""
+        login = hmac.digest(self._secret, f"{user}:{password}".encode(), "sha256")
+        if time.monotonic() > self._known.get(login, 0):
+            if not self._check(user, password.encode()):
+                raise Unauthorized("the user or the password is wrong", Challenge(OWN_SERVICE, {}, "basic"))
+            if len(self._known) >= MAX_TOKENS:
+                self._known.clear()
+            self._known[login] = time.monotonic() + USER_TOKEN_SECONDS
+        return str(self._signer.dumps(user))
+
+    def _check(self, user: str, password: bytes) -> bool:
+        if self._waiting >= MAX_LOGINS:
+            raise TooManyRequests("too many logins at once", {"Retry-After": BUSY_SECONDS})
+        # An unknown user takes as long as a known one: the time must not tell which there are.
+        encoded = self._hashes.get(user) or next(iter(self._hashes.values()))
+        self._waiting += 1
+        try:
+            right = self._thread.apply(bcrypt_matches, (password, encoded))
+        finally:
+            self._waiting -= 1
+        return user in self._hashes and right
+
+    def admit(self, authorization: str | None, challenge: Challenge) -> None:
+        """Raise Unauthorized, with the challenge, unless the Authorization holds a token that is still good."""
+        scheme, _, token = (authorization or "").partition(" ")
+        if scheme.lower() == "bearer":
+            try:
+                user = self._signer.loads(token, max_age=USER_TOKEN_SECONDS)
+            except itsdangerous.BadData:
+                user = None
+            if user in self._hashes:
+                return
+            challenge = challenge._replace(parameters={**challenge.parameters, "error": "invalid_token"})
+        raise Unauthorized("log in to this mirror", challenge)
+
+
+def bcrypt_matches(password: bytes, encoded: bytes) -> bool:
+    """Tell whether a password has this hash. bcrypt knows no password of more than 72 bytes."""
+    import bcrypt  # by those who have users only
+
+    return len(password) <= 72 and b"\0" not in password and bcrypt.checkpw(password, encoded)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Application
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1941,13 +2261,13 @@ def create_app(config: Config) -> Flask:
     views = Views(config, load_registries(config))
     app.extensions["docker-mirror"] = views
     app.before_request(admit_request)
+    app.before_request(views.admit_client)
     app.after_request(finish_response)
     app.register_error_handler(Exception, views.error)
     for rule, view, methods in views.routes():
         app.add_url_rule(rule, rule, view, methods=methods)
     if config.proxies:
-        hops = config.proxies
-        app.wsgi_app = ProxyFix(app.wsgi_app, x_for=hops, x_proto=hops, x_host=hops)  # type: ignore[method-assign]
+        app.wsgi_app = Terminated(app.wsgi_app, config.proxies, config.terminators)  # type: ignore[method-assign]
     return app
 
 
@@ -1969,6 +2289,8 @@ class Views:
         self._config = config
         self._router = Router(registries, config.default)
         self._upstream = Upstream(config, registries)
+        self._gate = Gate(config, registries)
+        self._users = Users(load_users(config))
 
     def routes(self) -> list[tuple[str, Callable[..., Response], list[str]]]:
         """Return rule, view and methods of each route."""
@@ -1990,6 +2312,11 @@ class Views:
         """Close the connections to upstream that no request uses."""
         self._upstream.close_idle()
 
+    def admit_client(self) -> None:
+        """Refuse clients that may not pull, whatever they ask for; the health check is for everyone."""
+        if request.path != "/healthz":
+            self._gate.admit_client(client_address(), request.headers.get("User-Agent", ""))
+
     def healthz(self) -> Response:
         """Tell that the process is alive; upstream is not asked."""
         return json_response({"status": "ok"})
@@ -1998,6 +2325,7 @@ class Views:
         """Answer ``/v2/``: 200, or 401 with the challenge from which dockerd learns where tokens are to be had."""
         registry = self._registry_here()
         g.target = Target(registry, "")
+        self._admit_user(None)
         if self._config.login and not request.headers.get("Authorization"):
             challenge = self._upstream.challenge(registry, trail())
             if challenge is not None:
@@ -2013,7 +2341,10 @@ class Views:
 
     def manifest(self, name: str, reference: str) -> Response:
         """Pass a manifest on, by tag or digest."""
-        return self._pass_on(self._wanted(name, f"manifests/{check_reference(reference)}", ManifestUnknown))
+        wanted = self._wanted(name, f"manifests/{check_reference(reference)}", ManifestUnknown)
+        if request.method == "GET":
+            self._gate.count_pull(client_address())
+        return self._pass_on(wanted)
 
     def blob(self, name: str, digest: str) -> Response:
         """Pass a blob on."""
@@ -2039,6 +2370,8 @@ class Views:
         Source: distribution's token specification (GET, and POST as in OAuth2).
         """
         here = self._router.named(registry) if registry is not None else self._registry_here()
+        if self._users:
+            return self._give_token(here)
         basic = basic_login(request.headers.get("Authorization"))
         if basic is None and request.method == "GET":
             return anonymous_token()
@@ -2051,6 +2384,20 @@ class Views:
         if parse_options_header(headers.get("Content-Type"))[0] == "text/html":
             raise Refused(reply.status, f"{here.name} does not accept this login", {}, None)
         return Relayed(reply.body, reply.status, {**headers, "Cache-Control": "no-store"})
+
+    def _give_token(self, here: Registry) -> Response:
+        """Give one of the mirror's own users a token, by GET with Basic or by an OAuth2 POST with a password."""
+        g.target = Target(here, "")
+        login = request.authorization
+        given: Mapping[str, str | None] = login.parameters if login is not None else {}
+        if request.method == "POST":
+            if request.form.get("grant_type") != "password":
+                raise BadRequest("this mirror knows the grant_type password only")
+            given = request.form
+        user, password = given.get("username"), given.get("password")
+        if not user or password is None:
+            raise Unauthorized("log in to this mirror", Challenge(OWN_SERVICE, {}, "basic"))
+        return token_response(self._users.token(user, password), USER_TOKEN_SECONDS)
 
     def _log_in(self, here: Registry, named: str | None, basic: str | None) -> Reply | None:
         """Return the realm's reply to a login; None where the client may still pull what is public.
@@ -2086,6 +2433,7 @@ class Views:
         """Answer ``docker search`` from the registry's index."""
         registry = self._router.by_host(request.host) or self._router.searched
         g.target = Target(registry, "")
+        self._admit_user(None)
         if registry.search is None:
             raise NotFound(f"{registry.name} has no index to search")
         query = {key: request.args[key] for key in ("q", "n", "page") if key in request.args}
@@ -2122,6 +2470,8 @@ class Views:
         target = g.target = self._router.resolve(request.host, ns, name)
         if ns is not None:
             g.ns = ns
+        self._admit_user(pull_scope(target.repository))
+        self._gate.admit_image(target, resource.partition("/")[2] if missing is not NotFound else "")
         query = {key: request.args[key] for key in arguments if key in request.args}
         headers = kept(request.headers, REQUEST_HEADERS)
         if whole or parse_range_header(headers.get("Range")) is None:
@@ -2134,8 +2484,14 @@ class Views:
             return self._upstream.fetch(wanted)
 
     def _pass_on(self, wanted: Wanted) -> Response:
-        answer = self._fetch(wanted)
-        return self._linked(relay(self._upstream, wanted, answer, client_socket()), answer)
+        is_transfer = wanted.method == "GET" and wanted.missing is BlobUnknown
+        transfer = self._gate.transfer(client_address()) if is_transfer else Transfer()
+        try:
+            answer = self._fetch(wanted)
+            return self._linked(relay(self._upstream, wanted, answer, transfer, client_socket()), answer)
+        except BaseException:
+            transfer.close()
+            raise
 
     def _linked(self, response: Response, answer: Answer) -> Response:
         """Return the response with the way to its next page, if upstream gave one."""
@@ -2147,6 +2503,12 @@ class Views:
     def _registry_here(self) -> Registry:
         """Return the registry whose own address the client may take this Host for."""
         return self._router.by_host(request.host) or self._router.default
+
+    def _admit_user(self, scope: str | None) -> None:
+        """Refuse those who are not among the mirror's own users, where it has some."""
+        if self._users:
+            parameters = {"service": OWN_SERVICE} | ({"scope": scope} if scope else {})
+            self._users.admit(request.headers.get("Authorization"), Challenge("", parameters))
 
     def _own_authorization(self) -> str | None:
         """Return the client's own Authorization, or None where the mirror acts as itself."""
@@ -2209,16 +2571,20 @@ def client_socket() -> socket.socket | None:
     return request.environ.get("gunicorn.socket")
 
 
+def client_address() -> str:
+    """Return the address of the client, or ``-`` where it is not known: a terminator that does not say it."""
+    return str(request.environ["mirror.client"])
+
+
 def anonymous_token() -> Response:
     """Return the token that stands for no login; the real one stays with the mirror."""
+    return token_response(ANONYMOUS, ANONYMOUS_SECONDS)
+
+
+def token_response(token: str, seconds: int) -> Response:
+    """Return a token's JSON, under both names that clients look for. Source: distribution's token specification."""
     issued = datetime.now(UTC).replace(microsecond=0, tzinfo=None).isoformat() + "Z"
-    answer = {
-        "token": ANONYMOUS,
-        "access_token": ANONYMOUS,
-        "expires_in": ANONYMOUS_SECONDS,
-        "issued_at": issued,
-    }
-    response = json_response(answer)
+    response = json_response({"token": token, "access_token": token, "expires_in": seconds, "issued_at": issued})
     response.headers["Cache-Control"] = "no-store"
     return response
 

@@ -6,6 +6,7 @@ Nothing else reads the environment, and nothing is read at import. A wrong setti
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import re
 import ssl
 import tomllib
@@ -19,6 +20,7 @@ from dataclasses import fields
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 PREFIX = "MIRROR_"
@@ -83,6 +85,75 @@ def parse_proxy(text: str) -> str:
     return text
 
 
+def parse_list(text: str) -> tuple[str, ...]:
+    """Return the words of a list with commas between them; raise ValueError where there is none."""
+    words = tuple(word.strip() for word in text.split(",") if word.strip())
+    if not words:
+        raise ValueError("names nothing: leave it out, or write words with commas between")
+    return words
+
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+def parse_networks(text: str) -> tuple[Network, ...]:
+    """Return a list of addresses and networks (``192.0.2.0/24``); raise ValueError where one is none."""
+    return tuple(_parse_network(word) for word in parse_list(text))
+
+
+def _parse_network(word: str) -> Network:
+    try:
+        return ipaddress.ip_network(word)
+    except ValueError:
+        pass
+    try:
+        return ipaddress.ip_interface(word).network
+    except ValueError:
+        raise ValueError(f"{word!r} is no address and no network such as 192.0.2.0/24 or 2001:db8::/32") from None
+
+
+LOOPBACK = parse_networks("127.0.0.0/8, ::1")
+
+
+def parse_size(text: str) -> int:
+    """Return a number of bytes, written with K, M, G or T for powers of 1024; raise ValueError where it is none."""
+    found = re.fullmatch(r"([0-9]{1,15})([KMGT]?)(I?B)?", text.strip().upper())
+    if not found or not int(found[1]):
+        raise ValueError(f"{text!r} is no size such as 500K, 10M or 1G")
+    return int(found[1]) << 10 * " KMGT".index(found[2] or " ")
+
+
+class Rate(NamedTuple):
+    """Say how often something may happen: so many times (`amount`) within so many `seconds`."""
+
+    amount: int
+    seconds: int
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}  # seconds
+
+
+def parse_rate(text: str) -> Rate:
+    """Return a rate such as ``100/6h`` or ``20/m``; raise ValueError where it is none."""
+    found = re.fullmatch(r"([0-9]{1,9})/([0-9]{0,5})([smhd])", text.replace(" ", ""))
+    if not found or not int(found[1]) or not int(found[2] or 1):
+        raise ValueError(f"{text!r} is no rate such as 100/6h: a number, a slash, and a time in s, m, h or d")
+    return Rate(int(found[1]), int(found[2] or 1) * UNITS[found[3]], found[0])
+
+
+def parse_store(text: str) -> str:
+    """Return the URL of a store that several processes share; raise ValueError where it is none."""
+    parts = urlsplit(text)
+    if parts.scheme not in ("redis", "rediss", "redis+unix"):
+        raise ValueError("must be a URL such as redis://127.0.0.1:6379/0")
+    parts.port  # noqa: B018 - raises ValueError for a port out of range
+    return text
+
+
 PROXY_SCHEMES = ("http", "https", "socks5", "socks5h")
 
 
@@ -92,7 +163,7 @@ def setting(default: Any, parse: Callable[[str], Any], text: str, variable: str 
     `variable` is set for those that other programs read too; all others are named after their field.
     """
     metadata = {"parse": parse, "help": text, "variable": variable}
-    return field(default=default, repr=parse is not parse_proxy, metadata=metadata)
+    return field(default=default, repr=parse not in (parse_proxy, parse_store), metadata=metadata)
 
 
 seconds = parse_number(0.1, 3600, float)
@@ -112,11 +183,50 @@ class Config:
         "TLS terminators in front of the mirror whose X-Forwarded-For, -Proto and -Host are believed. "
         "0: clients connect directly.",
     )
+    terminators: tuple[Network, ...] = setting(
+        LOOPBACK,
+        parse_networks,
+        "Addresses of these terminators; from any other address X-Forwarded-* is not believed.",
+    )
     login: bool = setting(
         True,
         switch,
         "on: a client may log in, and its credentials go on to the registry. "
         "off: no challenge is ever sent, and no password comes here.",
+    )
+    users: str | None = setting(
+        None,
+        str,
+        "htpasswd file (bcrypt) of the mirror's own users: nobody else may pull, and the mirror pulls as itself. "
+        "MIRROR_LOGIN is off then.",
+    )
+    allow_clients: tuple[Network, ...] = setting((), parse_networks, "Clients that may pull, and no others.")
+    deny_clients: tuple[Network, ...] = setting((), parse_networks, "Clients that may not.")
+    allow_images: tuple[str, ...] = setting(
+        (),
+        parse_list,
+        "Images that may be pulled, and no others: globs such as `docker.io/library/*`, `ghcr.io/me/app:1.*`.",
+    )
+    deny_images: tuple[str, ...] = setting((), parse_list, "Images that may not.")
+    block_agents: tuple[str, ...] = setting(
+        (), parse_list, "Parts of the User-Agent header by which crawlers and scanners are refused."
+    )
+    pull_rate: Rate | None = setting(
+        None, parse_rate, "Manifests that one client (an IPv6 /64 is one) may get, such as `100/6h`; HEAD is free."
+    )
+    pull_rate_store: str | None = setting(
+        None, parse_store, "Redis in which several hosts count together. Unset: each worker counts for itself."
+    )
+    transfers: int | None = setting(
+        None, parse_number(1, 100_000), "Blob transfers that may run at a time, in each worker."
+    )
+    client_transfers: int | None = setting(
+        None, parse_number(1, 100_000), "The same for one client; dockerd runs 3 at a time."
+    )
+    client_bandwidth: int | None = setting(
+        None,
+        parse_size,
+        "Bytes per second for all blob transfers of one client together, such as `5M`, in each worker.",
     )
     registries: str | None = setting(None, str, "TOML file that adds, changes and switches off registries.")
     default: str = setting("docker.io", str, "Registry of names that name none, such as `nginx`.")
@@ -165,6 +275,13 @@ class Config:
                 text = environ.get(name.lower(), "").strip() or text
             if text:
                 values[item.name] = _parse(name, item.metadata["parse"], text)
+        if "users" in values:
+            if values.get("login"):
+                raise ConfigError(
+                    f"{PREFIX}USERS: logins are either the mirror's own users' or the registries' users':"
+                    f" leave {PREFIX}LOGIN=on out, or this"
+                )
+            values["login"] = False
         return cls(**values)
 
 
@@ -246,6 +363,36 @@ def load_registries(config: Config) -> dict[str, Registry]:
     if config.default not in registries:
         raise ConfigError(f"{PREFIX}DEFAULT: {config.default} is no registry{did_you_mean(config.default, registries)}")
     return registries
+
+
+def load_users(config: Config) -> dict[str, bytes]:
+    """Return the mirror's own users and their bcrypt hashes; empty where it has none.
+
+    Raises ConfigError that names the file and the line. Source: htpasswd(1), whose -B writes bcrypt.
+    """
+    if config.users is None:
+        return {}
+    where = f"{PREFIX}USERS: {config.users}"
+    try:
+        lines = (Path(config.credentials or "") / config.users).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{where}: {getattr(error, 'strerror', None) or 'is no text'}") from None
+    users: dict[str, bytes] = {}
+    for number, line in enumerate(lines, 1):
+        user, _, encoded = line.strip().partition(":")
+        if not line.strip() or line.startswith("#"):
+            continue
+        if not user or not BCRYPT.fullmatch(encoded):
+            raise ConfigError(f"{where}: line {number} is not USER:HASH with bcrypt: write it with htpasswd -B")
+        if user in users:
+            raise ConfigError(f"{where}: line {number} names a user a second time")
+        users[user] = encoded.encode()
+    if not users:
+        raise ConfigError(f"{where}: names nobody: write a user with htpasswd -B")
+    return users
+
+
+BCRYPT = re.compile(r"\$2[aby]\$(0[4-9]|1[0-7])\$[./A-Za-z0-9]{53}")
 
 
 def _read_file(path: str | None) -> dict[str, Any]:
