@@ -28,6 +28,7 @@ import errno
 import hashlib
 import hmac
 import http.client
+import importlib.util
 import ipaddress
 import json
 import logging
@@ -2064,6 +2065,8 @@ class Gate:
         self._allowed = self._rules("ALLOW_IMAGES", config.allow_images, registries)
         self._denied = self._rules("DENY_IMAGES", config.deny_images, registries)
         self._agents = tuple(agent.lower() for agent in config.block_agents)
+        if config.pull_rate_store is not None and importlib.util.find_spec("redis") is None:
+            raise ConfigError("MIRROR_PULL_RATE_STORE needs a package that is not installed: pip install redis")
         self._running: Counter[str] = Counter()  # transfers by client
         self._all_running = 0
         self._spent_until: dict[str, float] = {}  # by client, in time.monotonic(): what it took is used up then
