@@ -9,6 +9,7 @@ import base64
 import json
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -109,8 +110,12 @@ class Client:
 class Dockerd(Client):
     """Run a private dockerd, with the mirror in its `registry-mirrors`, on a private containerd.
 
-    Left alone, dockerd would share a containerd that the machine may already run.
+    Left alone, dockerd would share a containerd that the machine may already run. `settings` end its daemon.json.
     """
+
+    def __init__(self, mirror_url: str, settings: Mapping[str, object] | None = None):
+        super().__init__(mirror_url)
+        self._settings = settings or {}
 
     def start(self) -> None:
         """Start containerd, then dockerd on it."""
@@ -137,6 +142,7 @@ class Dockerd(Client):
             "iptables": False,
             "ip6tables": False,
             "bridge": "none",
+            **self._settings,
         }
         command = ["dockerd", "--config-file", str(self.write("daemon.json", json.dumps(settings)))]
         dockerd = self._stack.enter_context(Process(command, self.log_file, self.environment()))

@@ -33,6 +33,7 @@ from urllib.parse import urlsplit
 import jwt
 import trustme
 from images import MIB
+from images import Repository
 from images import random_bytes
 from images import repositories
 from parts import NginxRequest
@@ -236,12 +237,16 @@ class Hub(Premises):
         for part in (self._cdn, self._registry):
             part.wait()
         for repository in self.repositories.values():
-            self._registry.push(repository, self.tokens.push_authorization(repository.name))
+            self.push(repository)
         self.forget()
 
     def table(self) -> dict[str, object]:
         """Return the table of the registries file that makes the mirror take this hub for a registry."""
         return {"endpoints": [self.registry_url], "realms": [self.tokens.url], "ca_file": str(self.ca_file)}
+
+    def push(self, repository: Repository) -> None:
+        """Push all images of a repository."""
+        self._registry.push(repository, self.tokens.push_authorization(repository.name))
 
     def add_blob(self, repository: str, size: int) -> str:
         """Put a blob of so many bytes straight into the registry's storage and return its digest.
