@@ -718,6 +718,26 @@ class Answer(NamedTuple):
         return str(len(self.start)) == self.response.headers.get("Content-Length")
 
 
+class Span(NamedTuple):
+    """Say which bytes of a whole an answer holds, the first and the last counted in; None is not known."""
+
+    first: int
+    last: int | None
+    total: int | None
+
+    @classmethod
+    def of(cls, answer: Answer) -> Span | None:
+        """Return what an answer to GET holds; None where the rest of it could not be asked for: several ranges."""
+        length = answer.response.headers.get("Content-Length")
+        if answer.status == 200:
+            return cls(0, None, None) if length is None else cls(0, int(length) - 1, int(length))
+        found = parse_content_range_header(answer.response.headers.get("Content-Range"))
+        if answer.status != 206 or found is None or found.start is None or found.stop is None:
+            return None
+        fits = found.units == "bytes" and length in (None, str(found.stop - found.start))
+        return cls(found.start, found.stop - 1, found.length) if fits else None
+
+
 class Hash:
     """Hash bytes as they pass, and tell whether all together have a digest of sha256 or sha512."""
 
@@ -1059,6 +1079,9 @@ def started(answer: Answer, method: str, is_blob: bool) -> Answer:
     if not framed or not re.fullmatch("[0-9]+", length or "0") or length == "":
         response.close()
         raise BadGateway(f"{answer.host} does not say how long its answer is")
+    if answer.status == 206 and "Content-Range" in response.headers and Span.of(answer) is None:
+        response.close()
+        raise BadGateway(f"{answer.host} contradicts itself about the range that it sends")
     if bodiless:
         if coding is None:
             raw.read(decode_content=False)  # there is none: this gives the connection back
@@ -1265,15 +1288,22 @@ class Upstream:
     def _attempt(self, site: Site, wanted: Wanted, seconds: float) -> Answer:
         url = with_query(f"{site.base}/v2/{site.repository}/{wanted.resource}", wanted.query)
         with self._deadline(site.base, seconds):
-            answer = self._follow(site, wanted.method, url, wanted.headers, wanted.authorization, wanted.trail)
-            raise_for_status(answer, wanted.missing, lambda errors: self._refusal(site, wanted, answer, errors))
-            answer = started(answer, wanted.method, is_blob=wanted.missing is BlobUnknown)
-            if answer.is_complete and (whole := wanted.hash(answer)):
-                whole.update(answer.start)
-                whole.check(answer.host)
-            if not wanted.whole:
-                return answer
-            return answer._replace(start=answer.start + read_bounded(answer.response, MAX_TAGS - len(answer.start)))
+            try:
+                return self._answer(site, wanted, url)
+            except UPSTREAM_FAILURES as error:  # a body that was begun here was cut: on a bad line, once is no time
+                log.warning("%s broke off: asked again (%s)", host_of(site.base), root_cause(error))
+                return self._answer(site, wanted, url)
+
+    def _answer(self, site: Site, wanted: Wanted, url: str) -> Answer:
+        answer = self._follow(site, wanted.method, url, wanted.headers, wanted.authorization, wanted.trail)
+        raise_for_status(answer, wanted.missing, lambda errors: self._refusal(site, wanted, answer, errors))
+        answer = started(answer, wanted.method, is_blob=wanted.missing is BlobUnknown)
+        if answer.is_complete and (whole := wanted.hash(answer)):
+            whole.update(answer.start)
+            whole.check(answer.host)
+        if not wanted.whole:
+            return answer
+        return answer._replace(start=answer.start + read_bounded(answer.response, MAX_TAGS - len(answer.start)))
 
     def challenge(self, registry: Registry, trail: Trail) -> Challenge | None:
         """Return the challenge that a client has to meet, or None; ask the registry only if it is not yet known.
@@ -1627,26 +1657,6 @@ def watched(client: socket.socket | None) -> Iterator[None]:
     finally:
         if watch is not None:
             watch.stop()
-
-
-class Span(NamedTuple):
-    """Say which bytes of a whole an answer holds, the first and the last counted in; None is not known."""
-
-    first: int
-    last: int | None
-    total: int | None
-
-    @classmethod
-    def of(cls, answer: Answer) -> Span | None:
-        """Return what an answer to GET holds; None where the rest of it could not be asked for: several ranges."""
-        length = answer.response.headers.get("Content-Length")
-        if answer.status == 200:
-            return cls(0, None, None) if length is None else cls(0, int(length) - 1, int(length))
-        found = parse_content_range_header(answer.response.headers.get("Content-Range"))
-        if answer.status != 206 or found is None or found.start is None or found.stop is None:
-            return None
-        fits = found.units == "bytes" and length in (None, str(found.stop - found.start))
-        return cls(found.start, found.stop - 1, found.length) if fits else None
 
 
 def is_same(before: Answer, after: Answer, digest: str | None) -> bool:
