@@ -28,13 +28,12 @@ import errno
 import hashlib
 import hmac
 import http.client
-import importlib.util
+import importlib
 import ipaddress
 import json
 import logging
 import math
 import re
-import secrets
 import socket
 import ssl
 import struct
@@ -43,7 +42,9 @@ from collections import Counter
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
+from contextlib import ExitStack
 from contextlib import contextmanager
+from contextlib import suppress
 from datetime import UTC
 from datetime import datetime
 from fnmatch import fnmatchcase
@@ -752,7 +753,9 @@ class Hash:
     def check(self, host: str) -> None:
         """Raise BadGateway unless the bytes, which came from `host`, are the right ones."""
         if self._hash.hexdigest() != self._expected:
-            raise BadGateway(f"{host} sent bytes that do not have the digest they are named by")
+            error = BadGateway(f"{host} sent bytes that do not have the digest they are named by")
+            error.cools = False  # it is about one object
+            raise error
 
 
 class Reply(NamedTuple):
@@ -1076,7 +1079,7 @@ def started(answer: Answer, method: str, is_blob: bool) -> Answer:
         length = None
     bodiless = method == "HEAD" or answer.status in (204, 304)
     framed = bodiless or (length is not None if coding is None else coding.lower() == "chunked")
-    if not framed or not re.fullmatch("[0-9]+", length or "0") or length == "":
+    if not framed or not re.fullmatch("[0-9]{1,18}", length or "0") or length == "":
         response.close()
         raise BadGateway(f"{answer.host} does not say how long its answer is")
     if answer.status == 206 and "Content-Range" in response.headers and Span.of(answer) is None:
@@ -1228,18 +1231,18 @@ class Upstream:
         self._tokens = TokenStore()
         self._cooldowns = Cooldowns()
 
-    def fetch(self, wanted: Wanted, first: int = 0) -> Answer:
+    def fetch(self, wanted: Wanted, endpoint: int = 0) -> Answer:
         """Return the answer to pass on: 2xx or 304. Whoever gets it must close its response.
 
-        The mirror itself goes from one endpoint to the next while they limit or fail, round from number `first`; a
-        client's own credentials go to endpoint 0 only. Raises MirrorError: the most telling of the failures, within
+        The mirror itself goes from one endpoint to the next while they limit or fail, round from number `endpoint`; a
+        client's own credentials go to number 0 only. Raises MirrorError: the most telling of the failures, within
         connect and first-byte timeout in all.
         """
         registry, repository, _ = wanted.target
         sites = [Site.endpoint(registry, number, repository) for number in range(len(registry.endpoints))]
         if wanted.authorization is not None or len(sites) == 1:
             return self._attempt(sites[0], wanted, self._budget)
-        sites = sites[first % len(sites) :] + sites[: first % len(sites)]
+        sites = sites[endpoint % len(sites) :] + sites[: endpoint % len(sites)]
         end, keys = time.monotonic() + self._budget, [site.key for site in sites]
         while (answer := self._first_answer(sites, wanted, end)) is None:
             if not self._cooldowns.tried(keys) or time.monotonic() > end:
@@ -1663,7 +1666,7 @@ def is_same(before: Answer, after: Answer, digest: str | None) -> bool:
     """Tell whether two answers hold bytes of one thing.
 
     What a `digest` names is the same everywhere, and its ETags are compared at one host only: another one may have its
-    own. All else must have the same strong ETag (RFC 9110, 13.1.5), or the same digest in its header.
+    own. All else must have the same digest in its header, or the same strong ETag (RFC 9110, 13.1.5) of the same host.
     """
     old, new = before.response.headers, after.response.headers
     if old.get("Content-Encoding") != new.get("Content-Encoding"):
@@ -1675,15 +1678,15 @@ def is_same(before: Answer, after: Answer, digest: str | None) -> bool:
         return same_tags and digests <= {None, digest}
     if None not in digests:
         return len(digests) == 1
-    return tag is not None and (tag, weak) == (new_tag, new_weak) and not weak
+    return before.host == after.host and tag is not None and (tag, weak) == (new_tag, new_weak) and not weak
 
 
 class Stream:
     """Read the body of an answer to GET. When upstream breaks off in the middle, ask for the rest, and go on.
 
-    The registry is asked anew, since a storage host's signed URL may have expired, and after a try that brought nothing
-    the next endpoint first. A server that ignores Range sends it all again, of which up to `MAX_SKIPPED` is skipped.
-    Source: RFC 9110, 14.2 to 14.4. Whoever has a stream must close it.
+    The registry is asked anew, since a storage host's signed URL may have expired; after a silence, or a try that
+    brought nothing, the next endpoint is asked first. A server that ignores Range sends it all again, of which up to
+    `MAX_SKIPPED` is skipped. Source: RFC 9110, 14.2 to 14.4. Whoever has a stream must close it.
     """
 
     def __init__(self, upstream: Upstream, wanted: Wanted, answer: Answer) -> None:
@@ -1693,7 +1696,8 @@ class Stream:
         self._ready = answer.start
         self._span = Span.of(answer)
         self._at = self._resumed_at = self._span.first if self._span else 0  # the next byte's number in the whole
-        self._tries = 0  # without progress
+        self._tries = 0  # since there was progress
+        self._endpoint = 0
 
     @property
     def host(self) -> str:
@@ -1719,58 +1723,69 @@ class Stream:
         self._answer.response.close()
 
     def _next(self, size: int) -> bytes:
+        left = self._span.last + 1 - self._at if self._span is not None and self._span.last is not None else None
+        if left == 0:
+            return b""
         if self._ready:
-            chunk, self._ready = self._ready, b""
-            return chunk
+            ready, self._ready = self._ready[:left], b""
+            return ready
         if self._tries:  # a reset loses what a read has gathered so far: on a bad line, read as little as it brings
             size = min(size, max(self._at - self._resumed_at, SLOW_CHUNK))
-        if self._span is not None and self._span.last is not None:
-            size = min(size, self._span.last + 1 - self._at)
-        return cast(bytes, self._answer.response.raw.read(size, decode_content=False)) if size else b""
+        chunk: bytes = self._answer.response.raw.read(min(size, left or size), decode_content=False)
+        if left and not chunk:
+            raise http.client.IncompleteRead(b"", left)
+        return chunk
 
     def _go_on(self, error: Exception) -> None:
         """Take the place of an answer that broke off by one that holds the rest of it."""
         before = self._answer.host
         if self._at - self._resumed_at >= PROGRESS:
             self._tries = 0
+        if self._tries or isinstance(error, (TimeoutError, urllib3.exceptions.TimeoutError)):
+            self._endpoint += 1
         while self._span is not None and self._tries < len(RESUME_PAUSES):
             self.close()
             gevent.sleep(RESUME_PAUSES[self._tries] * self._upstream.idle_timeout)
             self._tries += 1
             try:
-                self._answer = self._rest(self._span, self._tries - 1)
+                self._answer = self._rest(self._span)
             except MirrorError as failure:
                 error = failure
+                self._endpoint += 1
             else:
                 self._ready, self._resumed_at = self._answer.start, self._at
                 log.warning("%s broke off: went on at byte %d with %s", before, self._at, self._answer.host)
                 return
         raise BadGateway(f"{before} broke off in mid-answer: {root_cause(error)}") from error
 
-    def _rest(self, span: Span, first: int) -> Answer:
-        """Return an answer that goes on where the last one broke off; endpoint number `first` is asked first."""
+    def _rest(self, span: Span) -> Answer:
+        """Return an answer that goes on where the last one broke off."""
         end = "" if span.last is None or span.last + 1 == span.total else span.last
         headers = kept(self._wanted.headers, ("Accept", "Via")) | {"Range": f"bytes={self._at}-{end}"}
-        etag = self._answer.response.headers.get("ETag")
-        if self._wanted.digest is None and etag is not None:
+        etag = self._answer.response.headers.get("ETag", "")
+        if self._wanted.digest is None and etag.startswith('"'):  # a weak one must not stand there
             headers["If-Range"] = etag
-        answer = self._upstream.fetch(self._wanted._replace(headers=headers, trail=Trail()), first)
+        answer = self._upstream.fetch(self._wanted._replace(headers=headers, trail=Trail()), self._endpoint)
         try:
             found = self._checked(answer, span)
-            self._span = Span(span.first, found.last if span.last is None else span.last, found.total)
+            if span.last is None and found.total is not None:
+                self._span = Span(span.first, found.total - 1, found.total)
             return skip(answer, self._at - found.first)
         except BaseException:
             answer.response.close()
             raise
 
     def _checked(self, answer: Answer, span: Span) -> Span:
-        """Return what an answer holds if that is the rest, or all; raise BadGateway."""
-        found, last = Span.of(answer), span.last
+        """Return what an answer holds if that is the rest, its beginning, or all; raise BadGateway."""
+        found = Span.of(answer)
         if found is None or differ(found.total, span.total) or not is_same(self._answer, answer, self._wanted.digest):
             raise BadGateway(f"{answer.host} has something else there now")
-        if answer.status == 200 and self._at >= MAX_SKIPPED:
-            raise BadGateway(f"{answer.host} ignores Range, and would send {self._at} bytes again")
-        if answer.status == 206 and (found.first != self._at or differ(found.last, last)):
+        if answer.status == 200:
+            if self._at >= MAX_SKIPPED:
+                raise BadGateway(f"{answer.host} ignores Range, and would send {self._at} bytes again")
+            return found
+        end = span.last if span.last is not None else found.total and found.total - 1
+        if found.first != self._at or found.last is None or end is None or found.last > end:
             raise BadGateway(f"{answer.host} sends another range than it was asked for")
         return found
 
@@ -1797,6 +1812,8 @@ class Transfer:
 
     Whoever has a transfer must close it.
     """
+
+    is_slowed = False  # whether spend() may wait
 
     def spend(self, count: int) -> None:
         """Account for bytes that were sent; wait where that was too fast."""
@@ -1833,8 +1850,14 @@ class Body:
             yield from self._chunks() if self._whole is None else self._verified(self._whole)
         except BadGateway as error:
             log.warning("%s", error)
+            raise self._reset() from error
+        except Exception as error:
+            if not isinstance(error, OSError):  # which is the client's, who went
+                log.error("an answer failed", exc_info=error)
+            raise self._reset() from error
+        except gevent.GreenletExit:
             self._reset()
-            raise ConnectionResetError(errno.ECONNRESET, "upstream broke off") from error
+            raise
 
     def _chunks(self) -> Iterator[bytes]:
         while chunk := self._stream.read(self._size):
@@ -1859,17 +1882,21 @@ class Body:
         self._size = FAST_CHUNK if fast else SLOW_CHUNK
         self._window, self._since = 0, now
 
-    def _reset(self) -> None:
+    def _reset(self) -> ConnectionResetError:
         """Let the client's connection end with a reset: a plain close would end a body without a length cleanly."""
         if self._client is not None:
-            self._client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
+            with suppress(OSError):
+                self._client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
+        return ConnectionResetError(errno.ECONNRESET, "the answer broke off")
 
     def close(self) -> None:
         """Close the connection to upstream, and end the transfer."""
         if self._watch is not None:
             self._watch.stop()
-        self._stream.close()
-        self._transfer.close()
+        try:
+            self._stream.close()
+        finally:
+            self._transfer.close()
 
 
 class Relayed(Response):
@@ -1887,10 +1914,10 @@ def relay(
     `client` is the socket to reset if upstream breaks off for good.
     """
     headers = kept(answer.response.headers, RESPONSE_HEADERS)
-    if wanted.method != "HEAD" and answer.status not in (204, 304) and not answer.is_complete:
+    has_body = wanted.method != "HEAD" and answer.status not in (204, 304)
+    if has_body and (transfer.is_slowed or not answer.is_complete):
         body = Body(Stream(upstream, wanted, answer), transfer, client, wanted.hash(answer))
         return Relayed(body, answer.status, headers, direct_passthrough=True)
-    transfer.spend(len(answer.start))
     transfer.close()
     return Relayed(answer.start, answer.status, headers)
 
@@ -1912,6 +1939,8 @@ def next_page(header: str, path: str, ns: str | None) -> str | None:
 
 READS = "GET, HEAD, OPTIONS"
 MAX_MIRRORS = 3  # one after another
+WITH_PORT = re.compile(r"\[([0-9A-Fa-f:.]+)\](?::[0-9]+)?|([0-9.]+):[0-9]+")
+IMAGE_GLOB = re.compile(r"[a-z0-9*?\[\]!_.-]+(:[0-9]{1,5}(?=/))?(/[a-z0-9*?\[\]!_.-]+)*")
 BURST = 1.0  # seconds of its bandwidth that a client which took nothing may take at once
 BUSY_SECONDS = "10"  # after which a client that was one too many may try again
 MAX_IDLE = 1000  # clients that are remembered though they may use nothing
@@ -1920,6 +1949,9 @@ STORE_PAUSE = 30  # seconds for which it is left alone after a failure
 OWN_SERVICE = "docker-mirror"
 USER_TOKEN_SECONDS = 900
 MAX_LOGINS = 20  # that wait for their password to be checked
+MAX_CLIENT_LOGINS = 2  # the same, of one client
+MAX_GUESSES, GUESS_SECONDS = 10, 60  # wrong passwords of one client, and the time for which they are remembered
+MAX_COUNTED = 20_000  # clients whose pulls are counted in this process
 PREFLIGHT = {
     "Access-Control-Allow-Methods": READS,
     "Access-Control-Allow-Headers": "Authorization, Accept, Range, If-None-Match, If-Range",
@@ -1946,9 +1978,9 @@ def is_token(path: str) -> bool:
 def note_request(environ: dict[str, Any]) -> None:
     """Put into the WSGI environment what the access line shows (wsgi.py has its format); the query is not among it."""
     address = environ.get("REMOTE_ADDR", "")
-    if not is_address(address):  # what X-Forwarded-For holds is anybody's word
-        address = environ.get("werkzeug.proxy_fix.orig", {}).get("REMOTE_ADDR") or "-"
-    environ["mirror.client"] = address
+    if found := WITH_PORT.fullmatch(address):  # some terminators write the port too
+        address = found[1] or found[2]
+    environ["mirror.client"] = address if is_address(address) else "-"
     environ["mirror.upstream"] = Trail()
     environ["mirror.path"] = quote(environ.get("PATH_INFO", "").encode("latin-1"), safe="/:@+=,~")[:500]
 
@@ -2020,21 +2052,19 @@ class ImageRule(NamedTuple):
 
     @classmethod
     def parse(cls, text: str, registries: Mapping[str, Registry], default: str) -> ImageRule:
-        """Read a rule. As with docker, ``nginx`` is ``docker.io/library/nginx``.
+        """Read a rule as docker reads a name: ``nginx`` is ``docker.io/library/nginx``; a registry alone is all of it.
 
-        Raises ConfigError for a registry that is not served, since such a rule would never do anything.
+        Raises ConfigError for what no image can be named: such a rule would never do anything.
         """
         name, at, reference = text.partition("@")
-        if not at:
-            path, slash, last = name.rpartition("/")
-            last, _, reference = last.partition(":")
-            name = path + slash + last
-        first, slash, _ = name.partition("/")
-        if name == "*" or (slash and (first in registries or "*" in first or "?" in first)):
-            return cls(name, reference)
-        if slash and ("." in first or ":" in first):
-            raise ConfigError(f"{text}: {first} is no registry that is served{did_you_mean(first, registries)}")
-        return cls(f"{default}/{complete(registries[default], name)}", reference)
+        path, slash, last = name.rpartition("/")
+        last, colon, tag = last.partition(":")
+        if at and colon:
+            raise ConfigError(f"{text}: a rule has a tag or a digest, not both")
+        name, reference = path + slash + last, reference if at else tag
+        if not IMAGE_GLOB.fullmatch(name) or ((at or colon) and not reference):
+            raise ConfigError(f"{text}: no image has such a name; it is written as docker.io/library/nginx:1.*")
+        return cls(full_name(name, registries, default), reference)
 
     def meets(self, name: str, reference: str) -> bool:
         """Tell whether the rule is about this, to the letter."""
@@ -2048,10 +2078,31 @@ class ImageRule(NamedTuple):
         return self.meets(name, reference) or (fnmatchcase(name, self.name) and (not reference or ":" in reference))
 
 
+def full_name(name: str, registries: Mapping[str, Registry], default: str) -> str:
+    """Return the full name, or the glob over full names, that a glob over names as docker takes them stands for."""
+    first, slash, rest = name.partition("/")
+    if first in registries:
+        return f"{first}/{complete(registries[first], rest) if rest else '*'}"
+    if "*" in first or "?" in first:
+        return name if slash or name == "*" or "." in name else f"{default}/{complete(registries[default], name)}"
+    if (slash and "." in first) or ":" in first:
+        raise ConfigError(f"{name}: {first} is no registry that is served{did_you_mean(first, registries)}")
+    return f"{default}/{complete(registries[default], name)}"
+
+
+def same_endpoints(registries: Mapping[str, Registry]) -> dict[str, list[str]]:
+    """Return for each registry those that have an endpoint in common with it, itself too: their images are the same."""
+    return {
+        name: [other for other in registries if set(registries[other].endpoints) & set(registry.endpoints)]
+        for name, registry in registries.items()
+    }
+
+
 class LimitedTransfer(Transfer):
     """Count against the limits of a client, and of all."""
 
     def __init__(self, gate: Gate, client: str) -> None:
+        self.is_slowed = gate.slows
         self._gate = gate
         self._client = client
         self._ended = False
@@ -2072,11 +2123,13 @@ class Gate:
 
     def __init__(self, config: Config, registries: Mapping[str, Registry]) -> None:
         self._config = config
+        self.slows = config.client_bandwidth is not None
+        self._names = same_endpoints(registries)
         self._allowed = self._rules("ALLOW_IMAGES", config.allow_images, registries)
         self._denied = self._rules("DENY_IMAGES", config.deny_images, registries)
         self._agents = tuple(agent.lower() for agent in config.block_agents)
-        if config.pull_rate_store is not None and importlib.util.find_spec("redis") is None:
-            raise ConfigError("MIRROR_PULL_RATE_STORE needs a package that is not installed: pip install redis")
+        if config.pull_rate is not None:
+            load_limits(config.pull_rate_store)
         self._running: Counter[str] = Counter()  # transfers by client
         self._all_running = 0
         self._spent_until: dict[str, float] = {}  # by client, in time.monotonic(): what it took is used up then
@@ -2090,6 +2143,8 @@ class Gate:
     def admit_client(self, address: str, agent: str) -> None:
         """Raise Denied for a client that may not pull, by its address or its User-Agent."""
         allowed, denied = self._config.allow_clients, self._config.deny_clients
+        if (allowed or denied) and not is_address(address):
+            raise Denied("this mirror is not for clients whose address the terminator does not tell")
         if (allowed and not is_within(address, allowed)) or is_within(address, denied):
             raise Denied(f"this mirror is not for clients at {address}")
         if any(part in agent.lower() for part in self._agents):
@@ -2100,7 +2155,8 @@ class Gate:
         name = f"{target.registry.name}/{target.repository}"
         if self._allowed and not any(rule.covers(name, reference) for rule in self._allowed):
             raise Denied(f"this mirror does not serve {name}, or not by that name")
-        if any(rule.meets(name, reference) for rule in self._denied):
+        others = (f"{other}/{target.repository}" for other in self._names[target.registry.name])
+        if self._denied and any(rule.meets(other, reference) for other in others for rule in self._denied):
             raise Denied(f"this mirror does not serve {name}, or not by that name")
 
     def count_pull(self, address: str) -> None:
@@ -2148,18 +2204,30 @@ class Gate:
         return PullCounter(cast(Rate, self._config.pull_rate), self._config.pull_rate_store)
 
 
+def load_limits(store: str | None) -> None:
+    """Import what only limited pulls need (4 MB, and 6 for Redis), before the workers are forked; raise ConfigError."""
+    importlib.import_module("limits.strategies")
+    if store is not None:
+        try:
+            importlib.import_module("redis.retry")
+        except ImportError:
+            raise ConfigError("MIRROR_PULL_RATE_STORE needs a package that is not here: pip install redis") from None
+
+
 class PullCounter:
     """Count what clients do within a time that slides on, in this process or in Redis."""
 
     def __init__(self, rate: Rate, store: str | None) -> None:
-        # Imported by those who want it only: 4 MB of memory, and 6 more for Redis.
         from limits import RateLimitItemPerSecond
+        from limits.errors import StorageError
         from limits.storage import storage_from_string
         from limits.strategies import SlidingWindowCounterRateLimiter
 
-        storage = storage_from_string(store or "memory://", wrap_exceptions=True, **_store_options(store))
-        self._limiter = SlidingWindowCounterRateLimiter(storage)
+        self._storage: Any = storage_from_string(store or "memory://", wrap_exceptions=True, **_store_options(store))
+        self._is_local = store is None
+        self._limiter = SlidingWindowCounterRateLimiter(self._storage)
         self._item = RateLimitItemPerSecond(rate.amount, rate.seconds, "docker-mirror")
+        self._failure = StorageError
         self._failing_until = 0.0  # time.monotonic()
 
     def count(self, client: str) -> int:
@@ -2167,16 +2235,17 @@ class PullCounter:
 
         While Redis fails, nobody is refused, and for a while it is not asked.
         """
-        from limits.errors import StorageError
-
         if time.monotonic() < self._failing_until:
             return 0
+        if self._is_local and len(self._storage.storage) > MAX_COUNTED:
+            self._storage.reset()  # limits looks through all of them again and again
         try:
             if self._limiter.hit(self._item, client):
                 return 0
             return max(1, math.ceil(self._limiter.get_window_stats(self._item, client).reset_time - time.time()))
-        except StorageError as error:
-            log.warning("pulls are not counted for %d s: %s", STORE_PAUSE, root_cause(error.storage_error))
+        except self._failure as error:
+            cause: Any = getattr(error, "storage_error", error)
+            log.warning("pulls are not counted for %d s: %s", STORE_PAUSE, root_cause(cause))
             self._failing_until = time.monotonic() + STORE_PAUSE
             return 0
 
@@ -2195,14 +2264,22 @@ def _store_options(store: str | None) -> dict[str, Any]:
 
 
 class Users:
-    """Check the logins of the mirror's own users, and the tokens that they were given."""
+    """Check the logins of the mirror's own users, and the tokens that they were given.
+
+    The key of the tokens comes from the users' file: all workers, all hosts with that file and the next start know it.
+    """
 
     def __init__(self, hashes: Mapping[str, bytes]) -> None:
         self._hashes = hashes
-        self._secret = secrets.token_bytes(32)  # made before the workers are forked: all know it
+        if hashes:
+            importlib.import_module("bcrypt")  # before the workers are forked
+        content = json.dumps({user: encoded.decode() for user, encoded in sorted(hashes.items())})
+        self._secret = hmac.digest(b"docker-mirror", content.encode(), "sha256")
         self._signer = itsdangerous.URLSafeTimedSerializer(self._secret, "docker-mirror")
+        self._slowest = max(hashes.values(), key=lambda encoded: encoded[4:6], default=b"")
         self._known: dict[bytes, float] = {}  # logins that were right, until time.monotonic()
-        self._waiting = 0
+        self._waiting: Counter[str] = Counter()  # by client
+        self._failed: dict[str, list[float]] = {}  # by client: when, in time.monotonic()
 
     def __bool__(self) -> bool:
         """Tell whether there are any: without, everyone may pull."""
@@ -2213,27 +2290,41 @@ class Users:
         """Return the one thread in which passwords are checked: bcrypt takes long, and must not take every core."""
         return ThreadPool(1)
 
-    def token(self, user: str, password: str) -> str:
-        """Return a token for a user; raise Unauthorized for a wrong password, TooManyRequests for too many at once."""
-        login = hmac.digest(self._secret, f"{user}:{password}".encode(), "sha256")
+    def token(self, user: str, password: str, client: str) -> str:
+        """Return a token for a user; raise Unauthorized for a wrong password, TooManyRequests for too many of them."""
+        login = hmac.digest(self._secret, json.dumps([user, password]).encode(), "sha256")
         if time.monotonic() > self._known.get(login, 0):
-            if not self._check(user, password.encode()):
+            self._let_guess(client)
+            if not self._check(user, password.encode(), client):
+                self._failed.setdefault(client, []).append(time.monotonic())
                 raise Unauthorized("the user or the password is wrong", Challenge(OWN_SERVICE, {}, "basic"))
             if len(self._known) >= MAX_TOKENS:
                 self._known.clear()
             self._known[login] = time.monotonic() + USER_TOKEN_SECONDS
         return str(self._signer.dumps(user))
 
-    def _check(self, user: str, password: bytes) -> bool:
-        if self._waiting >= MAX_LOGINS:
-            raise TooManyRequests("too many logins at once", {"Retry-After": BUSY_SECONDS})
+    def _let_guess(self, client: str) -> None:
+        """Raise TooManyRequests for a client that was wrong too often, or asks too much at once."""
+        if len(self._failed) > MAX_IDLE:
+            self._failed.clear()
+        since = time.monotonic() - GUESS_SECONDS
+        guesses = self._failed[client] = [at for at in self._failed.get(client, []) if at > since]
+        if not guesses:
+            del self._failed[client]
+        at_once = self._waiting[client] >= MAX_CLIENT_LOGINS or self._waiting.total() >= MAX_LOGINS
+        if at_once or len(guesses) >= MAX_GUESSES:
+            raise TooManyRequests("too many logins", {"Retry-After": BUSY_SECONDS if at_once else str(GUESS_SECONDS)})
+
+    def _check(self, user: str, password: bytes, client: str) -> bool:
         # An unknown user takes as long as a known one: the time must not tell which there are.
-        encoded = self._hashes.get(user) or next(iter(self._hashes.values()))
-        self._waiting += 1
+        encoded = self._hashes.get(user, self._slowest)
+        self._waiting[client] += 1
         try:
             right = self._thread.apply(bcrypt_matches, (password, encoded))
         finally:
-            self._waiting -= 1
+            self._waiting[client] -= 1
+            if not self._waiting[client]:
+                del self._waiting[client]
         return user in self._hashes and right
 
     def admit(self, authorization: str | None, challenge: Challenge) -> None:
@@ -2252,7 +2343,7 @@ class Users:
 
 def bcrypt_matches(password: bytes, encoded: bytes) -> bool:
     """Tell whether a password has this hash. bcrypt knows no password of more than 72 bytes."""
-    import bcrypt  # by those who have users only
+    import bcrypt
 
     return len(password) <= 72 and b"\0" not in password and bcrypt.checkpw(password, encoded)
 
@@ -2382,9 +2473,9 @@ class Views:
 
         Source: distribution's token specification (GET, and POST as in OAuth2).
         """
-        here = self._router.named(registry) if registry is not None else self._registry_here()
         if self._users:
-            return self._give_token(here)
+            return self._give_token()
+        here = self._router.named(registry) if registry is not None else self._registry_here()
         basic = basic_login(request.headers.get("Authorization"))
         if basic is None and request.method == "GET":
             return anonymous_token()
@@ -2398,9 +2489,9 @@ class Views:
             raise Refused(reply.status, f"{here.name} does not accept this login", {}, None)
         return Relayed(reply.body, reply.status, {**headers, "Cache-Control": "no-store"})
 
-    def _give_token(self, here: Registry) -> Response:
+    def _give_token(self) -> Response:
         """Give one of the mirror's own users a token, by GET with Basic or by an OAuth2 POST with a password."""
-        g.target = Target(here, "")
+        g.target = Target(self._router.default, "")
         login = request.authorization
         given: Mapping[str, str | None] = login.parameters if login is not None else {}
         if request.method == "POST":
@@ -2410,7 +2501,8 @@ class Views:
         user, password = given.get("username"), given.get("password")
         if not user or password is None:
             raise Unauthorized("log in to this mirror", Challenge(OWN_SERVICE, {}, "basic"))
-        return token_response(self._users.token(user, password), USER_TOKEN_SECONDS)
+        token = self._users.token(user, password, client_of(client_address()))
+        return token_response(token, USER_TOKEN_SECONDS)
 
     def _log_in(self, here: Registry, named: str | None, basic: str | None) -> Reply | None:
         """Return the realm's reply to a login; None where the client may still pull what is public.
@@ -2480,7 +2572,12 @@ class Views:
     ) -> Wanted:
         """Return what this request wants of upstream, `arguments` of its query among it."""
         ns = request.args.get("ns") or None
-        target = g.target = self._router.resolve(request.host, ns, name)
+        g.target = Target(self._router.default, "")
+        try:
+            target = g.target = self._router.resolve(request.host, ns, name)
+        except MirrorError:
+            self._admit_user(None)  # a stranger does not learn what is served
+            raise
         if ns is not None:
             g.ns = ns
         self._admit_user(pull_scope(target.repository))
@@ -2498,13 +2595,14 @@ class Views:
 
     def _pass_on(self, wanted: Wanted) -> Response:
         is_transfer = wanted.method == "GET" and wanted.missing is BlobUnknown
-        transfer = self._gate.transfer(client_address()) if is_transfer else Transfer()
-        try:
+        with ExitStack() as failed:
+            transfer = self._gate.transfer(client_address()) if is_transfer else Transfer()
+            failed.callback(transfer.close)
             answer = self._fetch(wanted)
-            return self._linked(relay(self._upstream, wanted, answer, transfer, client_socket()), answer)
-        except BaseException:
-            transfer.close()
-            raise
+            failed.callback(answer.response.close)
+            response = self._linked(relay(self._upstream, wanted, answer, transfer, client_socket()), answer)
+            failed.pop_all()
+            return response
 
     def _linked(self, response: Response, answer: Answer) -> Response:
         """Return the response with the way to its next page, if upstream gave one."""

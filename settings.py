@@ -103,13 +103,15 @@ def parse_networks(text: str) -> tuple[Network, ...]:
 
 def _parse_network(word: str) -> Network:
     try:
-        return ipaddress.ip_network(word)
-    except ValueError:
-        pass
-    try:
-        return ipaddress.ip_interface(word).network
+        found = ipaddress.ip_interface(word)
     except ValueError:
         raise ValueError(f"{word!r} is no address and no network such as 192.0.2.0/24 or 2001:db8::/32") from None
+    if found.ip != found.network.network_address:
+        raise ValueError(f"{word} is an address within a network: write {found.ip} or {found.network}")
+    mapped = getattr(found.ip, "ipv4_mapped", None)
+    if mapped is not None and found.network.prefixlen >= 96:
+        return ipaddress.IPv4Network((mapped, found.network.prefixlen - 96))
+    return found.network
 
 
 LOOPBACK = parse_networks("127.0.0.0/8, ::1")
@@ -147,10 +149,8 @@ def parse_rate(text: str) -> Rate:
 
 def parse_store(text: str) -> str:
     """Return the URL of a store that several processes share; raise ValueError where it is none."""
-    parts = urlsplit(text)
-    if parts.scheme not in ("redis", "rediss", "redis+unix"):
-        raise ValueError("must be a URL such as redis://127.0.0.1:6379/0")
-    parts.port  # noqa: B018 - raises ValueError for a port out of range
+    if not re.fullmatch(r"(rediss?://([^\s/?#]*@)?[^\s/?#@]+|redis\+unix://([^\s/?#]*@)?/[^\s?#@]+)(/[0-9]*)?", text):
+        raise ValueError("must be a URL such as redis://:password@127.0.0.1:6379/0; quote / ? # in the password")
     return text
 
 
@@ -282,6 +282,10 @@ class Config:
                     f" leave {PREFIX}LOGIN=on out, or this"
                 )
             values["login"] = False
+        if "pull_rate_store" in values and "pull_rate" not in values:
+            raise ConfigError(f"{PREFIX}PULL_RATE_STORE: counts nothing without {PREFIX}PULL_RATE")
+        if "terminators" in values and values.get("proxies") == 0:
+            raise ConfigError(f"{PREFIX}TERMINATORS: {PREFIX}PROXIES=0 says that there are none")
         return cls(**values)
 
 
@@ -383,7 +387,7 @@ def load_users(config: Config) -> dict[str, bytes]:
         if not line.strip() or line.startswith("#"):
             continue
         if not user or not BCRYPT.fullmatch(encoded):
-            raise ConfigError(f"{where}: line {number} is not USER:HASH with bcrypt: write it with htpasswd -B")
+            raise ConfigError(f"{where}: line {number} is not USER:HASH with bcrypt, cost 4 to 14: use htpasswd -B")
         if user in users:
             raise ConfigError(f"{where}: line {number} names a user a second time")
         users[user] = encoded.encode()
@@ -392,7 +396,7 @@ def load_users(config: Config) -> dict[str, bytes]:
     return users
 
 
-BCRYPT = re.compile(r"\$2[aby]\$(0[4-9]|1[0-7])\$[./A-Za-z0-9]{53}")
+BCRYPT = re.compile(r"\$2[aby]\$(0[4-9]|1[0-4])\$[./A-Za-z0-9]{21}[.Oeu][./A-Za-z0-9]{31}")
 
 
 def _read_file(path: str | None) -> dict[str, Any]:

@@ -90,6 +90,21 @@ def test_a_client_that_is_not_listed_or_denied_is_refused(listed: Lab, address: 
         assert refused(listed.ask(path, at(address)))
 
 
+def test_a_port_beside_the_address_is_no_part_of_it(listed: Lab) -> None:
+    assert refused(listed.ask("/v2/", at("192.0.2.66:5555")))
+    assert refused(listed.ask("/v2/", at("[2001:db8:bad::1]:5555")))
+    assert listed.ask("/v2/", at("192.0.2.1:5555")).status == 200
+
+
+def test_an_unknown_address_is_refused_where_some_are_denied() -> None:
+    with Lab(deny_clients="192.0.2.1, ::ffff:192.0.2.2") as lab:
+        assert [opened(lab).ask("/v2/", at(address)).status for address in ("unknown", "192.0.2.2", "192.0.2.3")] == [
+            403,
+            403,
+            200,
+        ]
+
+
 def test_the_reason_of_a_refusal_is_told(listed: Lab) -> None:
     assert b"clients at 203.0.113.1" in listed.ask("/v2/", at("203.0.113.1")).body
 
@@ -198,6 +213,11 @@ def test_another_image_is_refused_before_upstream_is_asked(ruled: Lab, path: str
         ("*/nginx", "*/nginx", ""),
         ("ghcr.io/*", "ghcr.io/*", ""),
         ("docker.io/library/*@sha256:*", "docker.io/library/*", "sha256:*"),
+        ("docker.io/nginx", "docker.io/library/nginx", ""),
+        ("ghcr.io", "ghcr.io/*", ""),
+        ("ghcr.io*", "ghcr.io*", ""),
+        ("*.io/*", "*.io/*", ""),
+        ("nginx*", "docker.io/library/nginx*", ""),
     ],
 )
 def test_a_rule_is_read_as_docker_reads_a_name(text: str, name: str, reference: str) -> None:
@@ -209,6 +229,20 @@ def test_a_rule_about_a_registry_that_is_not_served_stops_the_start() -> None:
         ImageRule.parse("ghrc.io/me/*", NAMES, "docker.io")
     with pytest.raises(StartFailed, match=r"MIRROR_DENY_IMAGES: ghrc\.io/me/\*"), Mirror(deny_images="ghrc.io/me/*"):
         pass
+
+
+@pytest.mark.parametrize(
+    "text", ["Nginx", "nginx:1@sha256:ab", "ghcr.io/", "nginx:", "nginx@", "a//b", "/a", "x.io:99/a", "a b", ""]
+)
+def test_a_rule_that_no_image_can_meet_stops_the_start(text: str) -> None:
+    with pytest.raises(ConfigError):
+        ImageRule.parse(text, NAMES, "docker.io")
+
+
+def test_a_denied_image_is_denied_under_the_other_names_of_its_registry() -> None:
+    with Lab(deny_images="registry.k8s.io/pause, ghcr.io/linuxserver/*") as lab:
+        for path in ("registry.k8s.io/pause", "k8s.gcr.io/pause", "ghcr.io/linuxserver/x", "lscr.io/linuxserver/x"):
+            assert refused(lab.ask(f"/v2/{path}/manifests/latest"))
 
 
 # Rates
@@ -390,3 +424,15 @@ def test_the_transfers_of_one_client_share_its_bandwidth() -> None:
         assert quick.body == b"y" * part
         assert [hashlib.sha256(body).digest() for body in results] == [hashlib.sha256(b"y" * part).digest()] * 8
         assert time.monotonic() - began > 2.5, "4 MiB at 1 MiB/s, the first second's worth at once: a lower bound"
+
+
+def test_small_blobs_begin_at_once_and_a_client_that_waits_and_leaves_is_noticed() -> None:
+    with Lab(client_bandwidth="50K") as lab:
+        lab.upstream.answers[f"/v2/library/app/blobs/{BLOB}"] = reply(200, b"y" * 30_000)
+        since = lab.mirror.mark()
+        for _ in range(30):
+            with ExitStack() as stack:
+                assert begin(lab, "192.0.2.1", stack).status == 200
+        assert len(lab.mirror.wait_for_requests(30, since)) == 30
+        with ExitStack() as stack:
+            assert begin(lab, "192.0.2.1", stack).read(1) == b"y"

@@ -16,6 +16,7 @@ from lab import reply
 from upstream import RawUpstream
 from upstream import Request
 from upstream import reset
+from upstream import sends
 
 MIB = 1 << 20
 CONTENT = random_bytes("resume", 3 * MIB)
@@ -92,6 +93,11 @@ class Storage:
 
 def is_whole(answer: Reply) -> bool:
     return answer.status == 200 and hashlib.sha256(answer.body).hexdigest() == DIGEST.partition(":")[2]
+
+
+def drain(client: socket.socket) -> None:
+    while client.recv(65536):
+        pass
 
 
 def stalls(lab: Lab) -> Callable[[socket.socket], object]:
@@ -214,7 +220,6 @@ def change(old: bytes, new: bytes) -> Callable[[bytes, int], bytes]:
         change(b"Content-Range: bytes ", b"Content-Range: bytes 1"),
         change(b"Content-Range: bytes", b"Content-Range: lines"),
         change(b"Content-Range", b"X-Content-Range"),
-        change(f"-{len(CONTENT) - 1}/".encode(), f"-{len(CONTENT) - 2}/".encode()),
         change(b'ETag: "x"', b'ETag: "y"'),
         change(b'ETag: "x"', b'ETag: "x"\r\nContent-Encoding: gzip'),
         change(b'ETag: "x"', b'ETag: "x"\r\nDocker-Content-Digest: sha256:' + b"0" * 64),
@@ -222,7 +227,7 @@ def change(old: bytes, new: bytes) -> Callable[[bytes, int], bytes]:
         change(b"206 Partial Content", b"204 No Content"),
         change(b"206 Partial Content", b"416 Range Not Satisfiable"),
     ],
-    ids=["total", "start", "unit", "missing", "end", "etag", "coding", "digest", "404", "204", "416"],
+    ids=["total", "start", "unit", "missing", "etag", "coding", "digest", "404", "204", "416"],
 )
 def test_a_rest_that_is_not_what_was_asked_for_breaks_the_answer_off(
     lab: Lab, head: Callable[[bytes, int], bytes]
@@ -271,6 +276,62 @@ def test_a_part_whose_length_contradicts_its_range_is_502(lab: Lab, size: int) -
     headers = {"Content-Range": "bytes 0-99/100000", "Content-Length": str(size)}
     lab.upstream.answers[BLOB] = reply(206, b"x" * size, headers)
     assert lab.ask(ASKED, {"Range": "bytes=0-99"}).status == 502
+
+
+@pytest.mark.parametrize("total", [str(len(CONTENT)), "*"])
+def test_a_rest_that_is_a_part_of_the_rest_is_never_taken_for_all(lab: Lab, total: str) -> None:
+    """A server may send less than it was asked for (RFC 9110, 14.2); chunks do not tell where the end is."""
+    chunked = Storage(chunked=True)
+    asked: list[str] = []
+
+    def answer(request: Request, connection: socket.socket) -> None:
+        given = request.headers.get("range")
+        if given is None:
+            return chunked(request, connection)
+        asked.append(given)
+        first = bounds(given, len(CONTENT))[0]
+        last = min(first + 200_000, len(CONTENT)) - 1
+        head = {"Content-Range": f"bytes {first}-{last}/{total}"}
+        return connection.sendall(reply(206, CONTENT[first : last + 1], head))
+
+    lab.upstream.answers[BLOB] = answer
+    if total == "*":
+        with pytest.raises(BROKEN):
+            lab.ask(ASKED)
+    else:
+        assert is_whole(lab.ask(ASKED))
+        assert len(asked) > 10
+
+
+def test_a_part_never_gets_longer_by_a_rest_that_comes_whole(lab: Lab) -> None:
+    small = CONTENT[:30_000]
+    answers = iter((Storage(small, cut=10_000, chunked=True), Storage(small, ranges=False)))
+    lab.upstream.answers[BLOB] = lambda request, connection: next(answers)(request, connection)
+    assert lab.ask(ASKED, {"Range": "bytes=1000-19999"}).body == small[1000:20000]
+
+
+def test_a_length_of_thousands_of_digits_is_refused_at_first_and_later(lab: Lab) -> None:
+    long = b"Content-Length: " + b"9" * 5000
+    lab.upstream.answers[BLOB] = sends(reply(200, b"x").replace(b"Content-Length: 1", long))
+    since = lab.mirror.mark()
+    assert [lab.ask(ASKED, method=method).status for method in ("GET", "HEAD")] == [502, 502]
+    lab.upstream.answers[BLOB] = Storage(chunked=True, head=change(b"Transfer-Encoding: chunked", long))
+    with socket.create_connection(("127.0.0.1", lab.mirror.port), timeout=30) as client:
+        client.sendall(f"GET {ASKED} HTTP/1.0\r\n\r\n".encode())
+        with pytest.raises(ConnectionResetError):
+            drain(client)
+    assert "Traceback" not in lab.mirror.log(since)
+
+
+def test_an_endpoint_that_falls_silent_again_and_again_is_left_for_the_next() -> None:
+    with RawUpstream() as second, RawUpstream() as first:
+        more = f'["two.test"]\nendpoints = ["{first.url}", "{second.url}"]'
+        with Lab(first_byte_timeout=2, idle_timeout=0.5, more=more) as lab:
+            path = BLOB.replace("library/", "")
+            trickle = first.answers[path] = Storage(cut=40_000, end=stalls(lab))
+            second.answers[path] = Storage(cut=len(CONTENT))
+            assert is_whole(lab.ask(f"{ASKED}?ns=two.test"))
+            assert len(trickle.asked) == 1
 
 
 @pytest.mark.parametrize("end", [lambda _: None, reset])
@@ -343,6 +404,19 @@ def test_a_small_wrong_body_is_502(verifying: Lab, kind: str) -> None:
         assert verifying.ask(f"/v2/app{path}").status == 502
         verifying.upstream.answers[f"/v2/library/app{path}"] = reply(200, b"right")
         assert verifying.ask(f"/v2/app{path}").body == b"right"
+
+
+def test_wrong_bytes_of_one_object_leave_the_endpoint_in_use() -> None:
+    with RawUpstream() as second:
+        digest = f"sha256:{hashlib.sha256(b'right').hexdigest()}"
+        with RawUpstream() as first:
+            more = f'["two.test"]\nendpoints = ["{first.url}", "{second.url}"]'
+            with Lab(verify="on", more=more) as lab:
+                for upstream in (first, second):
+                    upstream.answers[f"/v2/app/blobs/{DIGEST}"] = reply(200, b"wrong")
+                    upstream.answers[f"/v2/app/blobs/{digest}"] = reply(200, b"right")
+                assert lab.ask(f"{ASKED}?ns=two.test").status == 502
+                assert lab.ask(f"/v2/app/blobs/{digest}?ns=two.test").body == b"right"
 
 
 def test_a_digest_of_another_algorithm_is_passed_on(verifying: Lab) -> None:

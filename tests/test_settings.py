@@ -62,6 +62,27 @@ def test_each_setting_is_read() -> None:
     assert Config.from_environ(environ) == expected
 
 
+def test_rules_of_access_are_read() -> None:
+    environ = {
+        "MIRROR_ALLOW_CLIENTS": "192.0.2.0/24, 2001:db8::/32,198.51.100.7,::ffff:203.0.113.0/120",
+        "MIRROR_BLOCK_AGENTS": " bot , Scan/1 ",
+        "MIRROR_PULL_RATE": "100 / 6h",
+        "MIRROR_CLIENT_BANDWIDTH": "5m",
+    }
+    config = Config.from_environ(environ)
+    networks = ["192.0.2.0/24", "2001:db8::/32", "198.51.100.7/32", "203.0.113.0/24"]
+    assert list(map(str, config.allow_clients)) == networks
+    assert config.block_agents == ("bot", "Scan/1")
+    assert config.pull_rate is not None
+    assert (config.pull_rate.amount, config.pull_rate.seconds, str(config.pull_rate)) == (100, 21600, "100/6h")
+    assert config.client_bandwidth == 5 << 20
+
+
+def test_terminators_without_a_proxy_contradict_each_other() -> None:
+    with pytest.raises(ConfigError, match=r"^MIRROR_TERMINATORS: "):
+        Config.from_environ({"MIRROR_PROXIES": "0", "MIRROR_TERMINATORS": "127.0.0.1"})
+
+
 def test_a_proxy_in_lower_case_goes_before_one_in_capitals() -> None:
     environ = {"HTTPS_PROXY": "http://a", "https_proxy": "http://b", "ALL_PROXY": "http://c", "all_proxy": ""}
     config = Config.from_environ(environ)
@@ -76,6 +97,20 @@ def test_a_proxy_in_lower_case_goes_before_one_in_capitals() -> None:
         ("MIRROR_PROXIES", "one", "'one' is not a whole number"),
         ("MIRROR_PROXIES", "11", "11 is not between 0 and 10"),
         ("MIRROR_LOGIN", "maybe", "'maybe' is not one of: on, off"),
+        ("MIRROR_VERIFY", "1", "'1' is not one of: on, off"),
+        ("MIRROR_ALLOW_CLIENTS", "10.0.0.0/8, x", "'x' is no address and no network"),
+        ("MIRROR_ALLOW_CLIENTS", "192.0.2.7/24", "write 192.0.2.7 or 192.0.2.0/24"),
+        ("MIRROR_DENY_CLIENTS", ",", "names nothing"),
+        ("MIRROR_TERMINATORS", "example.com", "is no address and no network"),
+        ("MIRROR_PULL_RATE", "100", "'100' is no rate such as 100/6h"),
+        ("MIRROR_PULL_RATE", "0/h", "is no rate"),
+        ("MIRROR_PULL_RATE", "5/0h", "is no rate"),
+        ("MIRROR_PULL_RATE_STORE", "redis://127.0.0.1:6379/0", "counts nothing without MIRROR_PULL_RATE"),
+        ("MIRROR_PULL_RATE_STORE", "redis://h/0?password=secret", "must be a URL such as"),
+        ("MIRROR_PULL_RATE_STORE", "redis://:secret/w@h", "must be a URL such as"),
+        ("MIRROR_TRANSFERS", "0", "0 is not between 1"),
+        ("MIRROR_CLIENT_BANDWIDTH", "0", "'0' is no size such as"),
+        ("MIRROR_CLIENT_BANDWIDTH", "5X", "'5X' is no size such as"),
         ("MIRROR_IDLE_TIMEOUT", "nan", "nan is not between"),
         ("MIRROR_IDLE_TIMEOUT", "0", "0 is not between"),
         ("MIRROR_IDLE_TIMEOUT", "1m", "'1m' is not a number"),
@@ -279,6 +314,8 @@ def test_the_owner_sees_the_settings_in_force(tmp_path: Path) -> None:
 def test_no_password_is_shown() -> None:
     proxy = "http://alice:wonderland@proxy.example:3128"
     assert "wonderland" not in run_cli("settings", HTTPS_PROXY=proxy).output
+    store = {"MIRROR_PULL_RATE_STORE": "redis://:wonder@land@h", "MIRROR_PULL_RATE": "1/h"}
+    assert "land" not in run_cli("settings", **store).output
     assert "wonderland" not in repr(Config.from_environ({"HTTPS_PROXY": proxy}))
 
 

@@ -1,6 +1,7 @@
 """The mirror's own users: who is not among them gets nothing, and the mirror pulls as itself."""
 
 import base64
+import itertools
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,8 +50,13 @@ def lab(users: Path) -> Iterator[Lab]:
         yield lab
 
 
+_clients = itertools.count(1)
+
+
 def basic(user: str, password: str) -> dict[str, str]:
-    return {"Authorization": "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()}
+    """Return the login of a client of its own: wrong ones are counted for each."""
+    encoded = base64.b64encode(f"{user}:{password}".encode()).decode()
+    return {"Authorization": f"Basic {encoded}", "X-Forwarded-For": f"192.0.2.{next(_clients) % 250}"}
 
 
 def bearer(token: str) -> dict[str, str]:
@@ -145,6 +151,29 @@ def test_upstreams_refusal_asks_nobody_for_a_login(lab: Lab) -> None:
     assert lab.ask("/v2/closed/manifests/latest", bearer(token(lab))).status == 403
 
 
+def test_a_stranger_does_not_learn_what_is_served(lab: Lab) -> None:
+    for path in ("/v2/evil.example/x/manifests/a", "/v2/NO/manifests/a", "/token/nosuch"):
+        assert unauthorized(lab.ask(path))
+
+
+def test_who_guesses_has_to_wait_and_nobody_else(lab: Lab) -> None:
+    guess = basic(USER, "wrong")
+    assert {lab.ask("/token", guess).status for _ in range(10)} == {401}
+    answer = lab.ask("/token", guess)
+    assert (answer.status, answer.headers["retry-after"]) == (429, "60")
+    assert lab.ask("/token", basic(USER, PASSWORD)).status == 200
+
+
+def test_tokens_outlive_the_mirror_and_are_good_on_another_host(lab: Lab, users: Path) -> None:
+    with Lab(users=users) as other:
+        assert other.ask("/v2/", bearer(token(lab))).status == 200
+
+
+def test_tokens_end_with_the_file(lab: Lab, tmp_path: Path) -> None:
+    with Lab(users=htpasswd(tmp_path, **{USER: PASSWORD})) as other:
+        assert unauthorized(other.ask("/v2/", bearer(token(lab))))
+
+
 def test_tokens_are_known_to_all_workers(users: Path) -> None:
     with Mirror("--workers", "2", users=users) as mirror:
         lab = Lab()
@@ -162,10 +191,13 @@ def test_other_requests_go_on_while_many_passwords_are_checked(tmp_path: Path) -
             threading.Thread(target=lambda word=word: found.append(lab.ask("/token", basic("slow", word)).status))
             for word in map(str, range(40))
         ]
+        one = basic("slow", "wrong")
+        for _ in range(5):
+            threads.append(threading.Thread(target=lambda: found.append(lab.ask("/token", one).status)))
         for thread in threads:
             thread.start()
         assert lab.ask("/healthz").status == 200
-        assert len(found) < 40, "they are still being checked, one at a time"
+        assert len(found) < 45, "they are still being checked, one at a time"
         for thread in threads:
             thread.join()
         assert set(found) == {401, 429}, "no more than 20 wait"
@@ -184,7 +216,8 @@ def test_other_requests_go_on_while_many_passwords_are_checked(tmp_path: Path) -
         ("bob:$apr1$abc$def\n", "htpasswd -B"),
         (":$2y$05$" + "a" * 53, "line 1 is not"),
         ("bob:$2y$31$" + "a" * 53, "line 1 is not"),
-        ("bob:$2y$05$" + "a" * 53 + "\nbob:$2y$05$" + "a" * 53, "line 2 names a user a second time"),
+        ("bob:$2y$05$" + "a" * 53, "line 1 is not"),
+        ("bob:$2y$05$" + "." * 53 + "\nbob:$2y$05$" + "." * 53, "line 2 names a user a second time"),
     ],
 )
 def test_a_file_that_does_not_do_stops_the_start(tmp_path: Path, text: str, message: str) -> None:
