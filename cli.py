@@ -53,4 +53,4 @@ def shown(value: object) -> str:
     """Return a value as its variable would be written, but for a password: empty for unset, on and off for a switch."""
     if isinstance(value, bool):
         return "on" if value else "off"
-    return "" if value is None else re.sub(r"//[^/@]*@", "//***@", str(value))
+    return "" if value is None else re.sub(r"//[^/]*@", "//***@", str(value))
