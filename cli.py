@@ -58,4 +58,4 @@ def shown(value: object) -> str:
         return "on" if value else "off"
     if isinstance(value, tuple) and not isinstance(value, Rate):
         return ",".join(map(str, value))
-    return "" if value is None else re.sub(r"//\S*@", "//***@", str(value))
+    return "" if value is None else re.sub(r"//[^/]*@", "//***@", str(value))

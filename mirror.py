@@ -457,7 +457,7 @@ class Challenge(NamedTuple):
                     parameters = {
                         key: str(given[key]) for key in CHALLENGE_KEYS if PRINTABLE.fullmatch(given.get(key) or "")
                     }
-                    realm = str(given.get("realm", ""))
+                    realm = given.get("realm") or ""
                     return cls(realm if PRINTABLE.fullmatch(realm) else "", parameters, scheme)
         return None
 
@@ -475,7 +475,7 @@ class Challenge(NamedTuple):
 
 def with_query(url: str, query: Mapping[str, Any]) -> str:
     """Return `url` with more arguments in its query; a value may be a list."""
-    joint = "&" if urlsplit(url).query else "?"
+    joint = "&" if "?" in url else "?"
     return url + joint + urlencode(query, doseq=True) if query else url
 
 
@@ -507,6 +507,8 @@ def check_realm(registry: Registry, endpoint: str, realm: str) -> None:
         raise BadGateway(f"{registry.name} names a realm that is no URL") from None
     if parts.scheme != "https" and parts.scheme != own.scheme:
         raise BadGateway(f"{registry.name} names a realm that is not https")
+    if not HOST.fullmatch(parts.netloc):
+        raise BadGateway(f"{registry.name} names a realm without a plain host")
     if not listed and not same_site(parts.hostname or "", own.hostname or ""):
         raise BadGateway(
             f"{registry.name} names a realm on a foreign host, {parts.hostname}; is it to be in its realms?"
@@ -684,7 +686,7 @@ class Site(NamedTuple):
     @classmethod
     def beyond(cls, registry: Registry, url: str) -> Site | None:
         """Return the other registry that a redirect leads to (registry.k8s.io does so), None for a storage host."""
-        found = re.match(r"(https?://[^/]+)/v2/([^?]+)/(?:manifests|blobs|tags|referrers)/", url)
+        found = re.match(r"(https?://[^/?]+)/v2/([^?]+)/(?:manifests|blobs|tags|referrers)/", url)
         return cls(registry, found[1], found[2]) if found and NAME.fullmatch(found[2]) else None
 
     @property
@@ -805,7 +807,7 @@ def literal_address(host: str) -> str | None:
         return host
     try:
         return socket.inet_ntoa(socket.inet_aton(host))
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a zero byte
         return None
 
 
@@ -846,7 +848,17 @@ class Guard:
 
 
 class StrictResponse(http.client.HTTPResponse):
-    """Refuse a chunk whose size is negative or none: Python would read to the end of the connection, or fail oddly."""
+    """Refuse what Python fails oddly at: a head that its parser of mail stumbles over, a chunk's size that is none.
+
+    It would take a negative size for all up to the end of the connection.
+    """
+
+    def begin(self) -> None:
+        """Read the head of an answer."""
+        try:
+            super().begin()
+        except (TypeError, ValueError) as error:  # of "multipart/x; boundary*=a; boundary*0=b"
+            raise http.client.HTTPException("a head that cannot be read") from error
 
     def _read_next_chunk_size(self) -> int:
         try:
@@ -993,11 +1005,11 @@ def next_hop(url: str, location: str) -> str:
         origin(target)
     except ValueError:
         raise BadGateway(f"{host_of(url)} redirects to what is no URL") from None
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username is not None:
+    if parts.scheme not in ("http", "https") or not HOST.fullmatch(parts.netloc):
         raise BadGateway(f"{host_of(url)} redirects to what is no plain http or https URL")
     if parts.scheme == "http" and urlsplit(url).scheme == "https":
         raise BadGateway(f"{host_of(url)} redirects from https to http")
-    return target
+    return parts.geturl()
 
 
 def read_bounded(response: requests.Response, limit: int = MAX_FOREIGN_BODY) -> bytes:
@@ -1019,6 +1031,7 @@ def oci_errors(body: bytes) -> list[dict[str, Any]] | None:
     try:
         errors = json.loads(body)["errors"]
         found = [{key: error.get(key) for key in ("code", "message", "detail")} for error in errors]
+        json.dumps(found, allow_nan=False)  # it has to be written again, which 1e999 cannot be
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
     return found if found and all(isinstance(error["code"], str) for error in found) else None
@@ -1174,7 +1187,10 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
     text = headers.get("Retry-After", "")
     if re.fullmatch("[0-9]{1,9}", text):
         return min(float(text), MAX_RETRY_AFTER)
-    date = parse_date(text)
+    try:
+        date = parse_date(text)
+    except OverflowError:  # of a year with eleven digits
+        date = None
     if date is None:
         return None
     return min(max((date - datetime.now(UTC)).total_seconds(), 0), MAX_RETRY_AFTER)
@@ -1195,7 +1211,7 @@ class Outbound:
         if proxy == DIRECT:
             return {}
         if proxy is None:
-            proxy = self._https if url.startswith("https:") else self._http
+            proxy = self._https if origin(url)[0] == "https" else self._http
             if proxy is None or self._bypasses(url):
                 return {}
         # Names are looked up by the proxy, with socks5 as with socks5h: what we looked up might not be connected to.
@@ -1995,6 +2011,8 @@ def admit_request() -> Response | None:
     host = environ.get("HTTP_HOST")
     if host is not None and not HOST.fullmatch(host):
         raise BadRequest("the Host header is not valid")
+    if not environ.get("QUERY_STRING", "").isascii():  # which Flask would fail at
+        raise BadRequest("the query is not valid")
     if "%2f" in environ.get("RAW_URI", "").partition("?")[0].lower() or "//" in environ["PATH_INFO"]:
         raise NameInvalid("a slash in the path must be neither encoded nor doubled")
     if request.headers.get("Via", "").count(VIA) > MAX_MIRRORS:
@@ -2658,9 +2676,11 @@ def renamed(body: bytes, name: str) -> bytes:
     """Return a list of tags with another repository's name, or the bytes as they are where they are no such list."""
     try:
         tags = json.loads(body)
+        if isinstance(tags, dict) and "name" in tags:
+            return json.dumps({**tags, "name": name}, allow_nan=False).encode()
     except (ValueError, RecursionError):
-        return body
-    return json.dumps({**tags, "name": name}).encode() if isinstance(tags, dict) and "name" in tags else body
+        pass
+    return body
 
 
 def basic_login(authorization: str | None) -> str | None:

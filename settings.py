@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from typing import NamedTuple
+from urllib.parse import SplitResult
 from urllib.parse import urlsplit
 
 PREFIX = "MIRROR_"
@@ -28,6 +29,9 @@ PREFIX = "MIRROR_"
 
 class ConfigError(Exception):
     """Say in one line which setting is wrong, and how to mend it. It stops the start."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))  # a name in the registries file may hold a line break
 
 
 def parse_number(low: float, high: float, kind: Callable[[str], float] = int) -> Callable[[str], Any]:
@@ -58,14 +62,13 @@ def parse_choice(**choices: Any) -> Callable[[str], Any]:
 
 def parse_url(text: str) -> str:
     """Return an http or https URL without its trailing slash; raise ValueError where it is not one."""
-    parts = urlsplit(text)
+    parts = _split(text)
     if parts.scheme not in ("http", "https") or not parts.hostname or re.search(r"[^\x21-\x7e]", text):
         shown = "this" if "@" in text else repr(text)  # there may be a password in it
         raise ValueError(f"{shown} is not a URL such as https://mirror.example")
     if parts.username is not None or parts.query or parts.fragment:
         raise ValueError("the URL has a user name, a query or a fragment: leave them out")
-    parts.port  # noqa: B018 - raises ValueError for a port out of range
-    return text.rstrip("/")
+    return parts.geturl().rstrip("/")
 
 
 def parse_address(text: str) -> str:
@@ -78,11 +81,21 @@ def parse_address(text: str) -> str:
 
 def parse_proxy(text: str) -> str:
     """Return a proxy's URL, which may hold a user and a password; raise ValueError where it is not one."""
-    parts = urlsplit(text)
-    if parts.scheme not in PROXY_SCHEMES or not parts.hostname or re.search(r"[^\x21-\x7e]", text):
+    parts = _split(text)
+    more = parts.path.strip("/") or parts.query or parts.fragment  # such as the rest of a password that is not quoted
+    if parts.scheme not in PROXY_SCHEMES or not parts.hostname or more or re.search(r"[^\x21-\x7e]", text):
         raise ValueError(f"must be a URL such as socks5h://127.0.0.1:1080; schemes: {', '.join(PROXY_SCHEMES)}")
-    parts.port  # noqa: B018 - raises ValueError for a port out of range
-    return text
+    return parts.geturl()
+
+
+def _split(text: str) -> SplitResult:
+    """Return the parts of a URL; raise ValueError that shows nothing of it, for there may be a password in it."""
+    try:
+        parts = urlsplit(text)
+        parts.port  # noqa: B018 - raises ValueError for a port out of range
+    except ValueError:
+        raise ValueError("the URL's host, IPv6 address or port is not valid") from None
+    return parts
 
 
 def parse_list(text: str) -> tuple[str, ...]:
@@ -404,7 +417,7 @@ def _read_file(path: str | None) -> dict[str, Any]:
         return {}
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # of a number with 5000 digits, and of "[[[[…"
         raise ConfigError(f"{PREFIX}REGISTRIES: {path}: {error}") from None
 
 
