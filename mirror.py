@@ -1832,7 +1832,7 @@ class Transfer:
     is_slowed = False  # whether spend() may wait
 
     def spend(self, count: int) -> None:
-        """Account for bytes that were sent; wait where that was too fast."""
+        """Account for bytes that are to be sent; wait where those before were too fast."""
 
     def close(self) -> None:
         """End the transfer."""
@@ -1880,8 +1880,8 @@ class Body:
             self._window += len(chunk)
             if self._window >= WINDOW:
                 self._pace()
-            yield chunk
             self._transfer.spend(len(chunk))
+            yield chunk
 
     def _verified(self, whole: Hash) -> Iterator[bytes]:
         held = b""
@@ -1996,6 +1996,7 @@ def note_request(environ: dict[str, Any]) -> None:
     address = environ.get("REMOTE_ADDR", "")
     if found := WITH_PORT.fullmatch(address):  # some terminators write the port too
         address = found[1] or found[2]
+    address = address.partition("%")[0]  # an IPv6 zone may be any text
     environ["mirror.client"] = address if is_address(address) else "-"
     environ["mirror.upstream"] = Trail()
     environ["mirror.path"] = quote(environ.get("PATH_INFO", "").encode("latin-1"), safe="/:@+=,~")[:500]
@@ -2126,7 +2127,7 @@ class LimitedTransfer(Transfer):
         self._ended = False
 
     def spend(self, count: int) -> None:
-        """Account for bytes that were sent; wait until the client's transfers together are within its bandwidth."""
+        """Account for bytes that are to be sent; wait until the client's transfers are within its bandwidth."""
         self._gate.spend(self._client, count)
 
     def close(self) -> None:
@@ -2205,14 +2206,14 @@ class Gate:
             del self._running[client]
 
     def spend(self, client: str, count: int) -> None:
-        """Account for bytes that were sent to a client; wait where it took them faster than it may."""
+        """Account for bytes that are to be sent to a client; wait until those before are within its bandwidth."""
         rate, now = self._config.client_bandwidth, time.monotonic()
         if rate is None:
             return
         if len(self._spent_until) > MAX_IDLE:
             self._spent_until = {client: until for client, until in self._spent_until.items() if until > now}
-        until = max(self._spent_until.get(client, 0), now - BURST) + count / rate
-        self._spent_until[client] = until
+        until = max(self._spent_until.get(client, 0), now - BURST)
+        self._spent_until[client] = until + count / rate
         if until > now:
             gevent.sleep(until - now)
 

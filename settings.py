@@ -234,7 +234,7 @@ class Config:
         None, parse_number(1, 100_000), "Blob transfers that may run at a time, in each worker."
     )
     client_transfers: int | None = setting(
-        None, parse_number(1, 100_000), "The same for one client; dockerd runs 3 at a time."
+        None, parse_number(1, 100_000), "The same for one client; dockerd runs 4 at a time."
     )
     client_bandwidth: int | None = setting(
         None,

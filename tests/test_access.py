@@ -333,6 +333,8 @@ def held(lab: Lab) -> threading.Event:
 
     def answer(request: Request, connection: socket.socket) -> None:
         connection.sendall(reply(200, b"", {"Content-Length": str(SIZE)}))
+        if request.method == "HEAD":
+            return
         connection.sendall(CONTENT[: SIZE // 2])
         go_on.wait(30)
         connection.sendall(CONTENT[SIZE // 2 :])

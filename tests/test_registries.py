@@ -8,6 +8,7 @@ from lab import Lab
 from lab import guard
 from lab import refuse
 from lab import reply_json
+from lab import send_raw
 from upstream import RawUpstream
 from upstream import reply
 from upstream import token_realm
@@ -170,6 +171,16 @@ def test_no_argument_forwards_to_any_host(lab: Lab, argument: str) -> None:
         assert evil.requests == []
 
 
+@pytest.mark.parametrize("line", ["GET http://{0}{1}", "GET http://x@{0}{1}", "GET //{0}{1}", "CONNECT {0}"])
+def test_a_request_that_names_a_host_in_its_line_reaches_no_other_host(lab: Lab, line: str) -> None:
+    with RawUpstream("127.0.0.11") as evil:
+        raw = send_raw(
+            lab.mirror, f"{line.format(evil.host, lab.path)} HTTP/1.1\r\nHost: m\r\nConnection: close\r\n\r\n".encode()
+        )
+        assert raw.split()[1] in (b"400", b"404")
+        assert evil.requests == []
+
+
 def parameters(header: str) -> dict[str, str | None]:
     found = WWWAuthenticate.from_header(header)
     assert found is not None
@@ -288,6 +299,11 @@ def test_a_short_names_list_of_tags_has_the_short_name(lab: Lab) -> None:
 def test_a_list_of_tags_that_is_cut_is_no_list(lab: Lab) -> None:
     big = b'{"name": "x", "tags": [' + b'"a",' * 20_000
     lab.upstream.answers[f"/v2/library/{lab.name}/tags/list"] = reply(200, big, {"Content-Length": "1000000"})
+    assert lab.ask(f"/v2/{lab.name}/tags/list").status == 502
+
+
+def test_a_list_of_tags_that_is_too_long_is_502(lab: Lab) -> None:
+    lab.upstream.answers[f"/v2/library/{lab.name}/tags/list"] = reply(200, b" " * (mirror.MAX_TAGS + 1))
     assert lab.ask(f"/v2/{lab.name}/tags/list").status == 502
 
 

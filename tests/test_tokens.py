@@ -419,6 +419,14 @@ def test_a_realm_on_a_foreign_host_is_told_nothing() -> None:
         assert foreign.requests == []
 
 
+def test_a_realms_redirect_is_not_followed(lab: Lab) -> None:
+    with RawUpstream("127.0.0.9") as foreign:
+        lab.upstream.answers["/realm"] = reply(307, b"", {"Location": f"{foreign.url}/realm"})
+        assert lab.ask("/token", {"Authorization": BASIC}).status == 502
+        assert lab.ask(lab.path).status == 502
+        assert foreign.requests == []
+
+
 def test_a_foreign_realm_that_is_listed_is_used() -> None:
     with RawUpstream("127.0.0.9") as foreign, Lab(realms=(foreign.url,)) as lab:
         foreign.answers["/realm"] = reply_json(200, {"token": "t"})

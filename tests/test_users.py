@@ -3,6 +3,7 @@
 import base64
 import itertools
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlencode
@@ -21,6 +22,11 @@ from processes import StartFailed
 from pulls import succeeds
 from serving import Mirror
 
+from mirror import USER_TOKEN_SECONDS
+from mirror import Challenge
+from mirror import Unauthorized
+from mirror import Users
+from mirror import bcrypt_matches
 from settings import Config
 from settings import ConfigError
 from settings import load_users
@@ -28,6 +34,7 @@ from settings import load_users
 USER, PASSWORD = "bob", "the builder: can he?"
 PATH = "/v2/app/manifests/latest"
 SCOPE = "repository:library/app:pull"
+CHALLENGE = Challenge("", {})
 
 
 def htpasswd(folder: Path, **users: str) -> Path:
@@ -180,6 +187,21 @@ def test_tokens_are_known_to_all_workers(users: Path) -> None:
         lab.mirror = mirror
         given = token(lab)
         assert {lab.ask("/v2/", bearer(given)).status for _ in range(20)} == {200}
+
+
+def test_a_token_ends_after_a_quarter_of_an_hour(users: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known, now = Users(load_users(Config(users=str(users)))), time.time()
+    given = f"Bearer {known.token(USER, PASSWORD, '192.0.2.1')}"
+    known.admit(given, CHALLENGE)
+    monkeypatch.setattr(time, "time", lambda: now + USER_TOKEN_SECONDS + 2)
+    with pytest.raises(Unauthorized):
+        known.admit(given, CHALLENGE)
+
+
+def test_a_password_of_more_than_72_bytes_is_never_right() -> None:
+    encoded = bcrypt.hashpw(b"x" * 72, bcrypt.gensalt(4))
+    assert bcrypt_matches(b"x" * 72, encoded)
+    assert not bcrypt_matches(b"x" * 73, encoded)
 
 
 def test_other_requests_go_on_while_many_passwords_are_checked(tmp_path: Path) -> None:
