@@ -21,7 +21,7 @@ OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 OCI_CONFIG = "application/vnd.oci.image.config.v1+json"
 OCI_LAYER = "application/vnd.oci.image.layer.v1.tar+gzip"
 
-MIB = 1 << 20
+MB, MIB = 10**6, 1 << 20
 BIG_LAYER = 52 * MIB
 ARCHITECTURES = ("amd64", "arm64")
 
@@ -88,6 +88,11 @@ def repositories() -> Iterator[Repository]:
     postgresql = (*_layers("postgresql", 300_000, 40_000), _random_layer("data", BIG_LAYER, compresslevel=0))
     yield _repository("bitnami/postgresql", ("16", "latest"), postgresql, family="oci", indexed=True)
     yield _repository("private/app", ("latest",), (_text_layer("secret recipe"), *_layers("app", 10_000)))
+
+
+def large_repository() -> Repository:
+    """Build a repository of 100 MB in three layers."""
+    return _repository("library/large", ("latest",), _stored_layers("large", 50 * MB, 30 * MB, 20 * MB))
 
 
 def open_repositories() -> Iterator[Repository]:
@@ -165,6 +170,10 @@ def _json(media_type: str, value: dict[str, Any]) -> Content:
 
 def _layers(name: str, *sizes: int) -> tuple[Layer, ...]:
     return tuple(_random_layer(f"{name}-{number}", size) for number, size in enumerate(sizes))
+
+
+def _stored_layers(name: str, *sizes: int) -> tuple[Layer, ...]:
+    return tuple(_random_layer(f"{name}-{number}", size, compresslevel=0) for number, size in enumerate(sizes))
 
 
 def _random_layer(name: str, size: int, compresslevel: int = 1) -> Layer:
