@@ -11,6 +11,7 @@ Authorization when a redirect changes the host; with three addresses the tests c
 import base64
 import hashlib
 import json
+import random
 import secrets
 import shutil
 import ssl
@@ -34,7 +35,6 @@ import jwt
 import trustme
 from images import MIB
 from images import Repository
-from images import random_bytes
 from images import repositories
 from parts import NginxRequest
 from parts import Premises
@@ -253,24 +253,28 @@ class Hub(Premises):
 
         The bytes are incompressible, and the same for the same size; they never stand in memory as a whole.
         """
-        block = random_bytes("blob", MIB)
+        source, digest = random.Random(size), hashlib.sha256()
         written = self.storage / BLOBS / f"new-{size}"
-        digest = hashlib.sha256()
         with written.open("wb") as file:
             for start in range(0, size, MIB):
-                part = (start.to_bytes(8) + block)[: min(MIB, size - start)]
+                part = source.randbytes(min(MIB, size - start))
                 digest.update(part)
                 file.write(part)
         return self._link_blob(repository, written, digest.hexdigest())
 
     def _link_blob(self, repository: str, written: Path, digest: str) -> str:
-        data = self.storage / BLOBS / digest[:2] / digest / "data"
+        data = self.stored(digest)
         link = self.storage / REPOSITORIES / repository / "_layers/sha256" / digest / "link"
         for file in (data, link):
             file.parent.mkdir(parents=True, exist_ok=True)
         shutil.move(written, data)
         link.write_text(f"sha256:{digest}")
         return f"sha256:{digest}"
+
+    def stored(self, digest: str) -> Path:
+        """Return the file that holds a blob."""
+        encoded = digest.removeprefix("sha256:")
+        return self.storage / BLOBS / encoded[:2] / encoded / "data"
 
     def registry_requests(self) -> list[RegistryRequest]:
         """Return what the registry was asked since the last forget()."""

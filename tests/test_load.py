@@ -1,14 +1,12 @@
 """Many slow clients at once, as where users pull over thin lines: bench/ measures it, here are its bounds."""
 
-import socket
-import sys
 import time
-from collections import Counter
-from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import pytest
+from held import State
+from held import state_of
 from hub import Hub
 from processes import poll
 from serving import Mirror
@@ -24,18 +22,9 @@ CLIENTS = 100
 SIZE = 10 * MB
 RATE = MB  # bytes per second of each client
 MAX_GROWTH = 64 * MIB
-LISTENING = "0A"  # of the states in /proc/net/tcp
 POOL = 64  # connections to one host that are kept for the next request
 SETTLE = 1.0  # seconds until the memory of a fresh server is read
 SAMPLE_EVERY = 0.25  # seconds
-
-
-class State(NamedTuple):
-    """Hold the mirror's memory in bytes, its worker's descriptors, and that one's connections by their other end."""
-
-    pss: int
-    descriptors: int
-    connections: Counter[str]
 
 
 class Load(NamedTuple):
@@ -45,40 +34,6 @@ class Load(NamedTuple):
     before: State
     during: list[State]
     after: State
-
-
-def state_of(mirror: Mirror) -> State:
-    """Read the mirror's state from /proc."""
-    (worker,) = mirror.pids()[1:]
-    return State(mirror.pss(), len(list(Path(f"/proc/{worker}/fd").iterdir())), connections(worker, mirror.port))
-
-
-def connections(pid: int, served: int) -> Counter[str]:
-    """Count a process's TCP connections, half-closed ones too, by the other end; "clients" are those to its own port.
-
-    Source: proc_pid_net(5), /proc/net/tcp.
-    """
-    own = {link for file in Path(f"/proc/{pid}/fd").iterdir() if (link := target(file)).startswith("socket:")}
-    found: Counter[str] = Counter()
-    for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]:
-        _, local, remote, state, *fields = line.split()
-        if f"socket:[{fields[5]}]" in own and state != LISTENING:
-            found["clients" if int(local.partition(":")[2], 16) == served else readable(remote)] += 1
-    return found
-
-
-def target(file: Path) -> str:
-    """Return where a descriptor leads; it may be closed by now."""
-    try:
-        return str(file.readlink())
-    except FileNotFoundError:
-        return ""
-
-
-def readable(address: str) -> str:
-    """Return host and port as they are usually written; the kernel shows the host's four bytes as one number."""
-    host, _, port = address.partition(":")
-    return f"{socket.inet_ntoa(int(host, 16).to_bytes(4, sys.byteorder))}:{int(port, 16)}"
 
 
 @pytest.fixture(scope="module")
