@@ -605,6 +605,8 @@ TLS_RECORD = 16 << 10  # bytes, at most
 PING_SECONDS = 12  # dockerd waits 15
 OPEN_SECONDS = 60  # for which a registry is taken to ask for nothing: a false 200 must not last
 MAX_FOREIGN_BODY = 1 << 20  # of a token answer, an error, a redirect: whatever is read whole
+MAX_INTERIM = 10  # of answers 1xx before the real one
+CHUNKS_AT_ONCE = 256  # until other requests have their turn
 MAX_TAGS = 16 << 20  # bytes of a list of tags, which may be renamed: gcr.io lists all digests in it
 RETRY_AFTER = "60"  # seconds, where upstream limits and does not say how long
 MAX_RETRY_AFTER = 6 * 3600.0  # seconds: Docker Hub's window
@@ -848,10 +850,14 @@ class Guard:
 
 
 class StrictResponse(http.client.HTTPResponse):
-    """Refuse what Python fails oddly at: a head that its parser of mail stumbles over, a chunk's size that is none.
+    """Refuse what Python fails oddly at, and bound what it does not.
 
-    It would take a negative size for all up to the end of the connection.
+    Its parser of mail stumbles over some heads, and it takes a negative size of a chunk for all up to the end of the
+    connection. It takes interim answers (1xx) and trailers without end. A time limit ends no loop over bytes that are
+    there already: only where it waits, or sleeps, do other requests and timers have their turn.
     """
+
+    _heads = 0  # of answers and chunks
 
     def begin(self) -> None:
         """Read the head of an answer."""
@@ -860,7 +866,19 @@ class StrictResponse(http.client.HTTPResponse):
         except (TypeError, ValueError) as error:  # of "multipart/x; boundary*=a; boundary*0=b"
             raise http.client.HTTPException("a head that cannot be read") from error
 
+    def _read_status(self) -> Any:
+        self._heads += 1
+        if self._heads > MAX_INTERIM:
+            raise http.client.HTTPException("interim answers without end")
+        return super()._read_status()  # type: ignore[misc]
+
+    def _read_and_discard_trailer(self) -> None:
+        http.client.parse_headers(self.fp)  # as many as in a head
+
     def _read_next_chunk_size(self) -> int:
+        self._heads += 1
+        if self._heads % CHUNKS_AT_ONCE == 0:
+            gevent.sleep()
         try:
             size: int = super()._read_next_chunk_size()  # type: ignore[misc]
         except ValueError:
@@ -1991,6 +2009,11 @@ def is_token(path: str) -> bool:
     return path == "/token" or path.startswith("/token/")
 
 
+def takes_body(method: str, path: str) -> bool:
+    """Tell whether a request may bring a body, of at most `MAX_FORM` bytes: a login by POST is the only one."""
+    return method == "POST" and is_token(path)
+
+
 def note_request(environ: dict[str, Any]) -> None:
     """Put into the WSGI environment what the access line shows (wsgi.py has its format); the query is not among it."""
     address = environ.get("REMOTE_ADDR", "")
@@ -2018,10 +2041,14 @@ def admit_request() -> Response | None:
         raise NameInvalid("a slash in the path must be neither encoded nor doubled")
     if request.headers.get("Via", "").count(VIA) > MAX_MIRRORS:
         raise BadGateway("this request comes from here: a registry redirects to the mirror, or it is its own fallback")
-    if request.method == "OPTIONS" and (is_api(request.path) or is_token(request.path)):
-        return Response(status=204, headers=PREFLIGHT)
     if is_api(request.path) and request.method not in READS.split(", "):
         raise Unsupported("this is a mirror for pulls: push to the registry itself", {"Allow": READS})
+    length = environ.get("CONTENT_LENGTH", "").strip("0")
+    if "HTTP_TRANSFER_ENCODING" in environ or (length and not takes_body(request.method, request.path)):
+        raise BadRequest("only a login has a body, and that has a Content-Length")
+    environ.pop("wsgi.input_terminated", None)  # werkzeug then goes by the length, and refuses a body that was cut
+    if request.method == "OPTIONS" and (is_api(request.path) or is_token(request.path)):
+        return Response(status=204, headers=PREFLIGHT)
     return None
 
 

@@ -11,6 +11,7 @@ monkey.patch_all()
 
 import contextlib
 import ctypes
+import errno
 import gc
 import ipaddress
 import json
@@ -19,16 +20,29 @@ import os
 import resource
 import socket
 import sys
-import weakref
+import time
+from functools import partial
 from typing import Any
 
 import gevent
+from gevent.pool import Pool
+from gevent.server import StreamServer
+from gunicorn import util
+from gunicorn.http import Request
 from gunicorn.http import errors
+from gunicorn.http.parser import RequestParser
+from gunicorn.workers.base_async import AsyncWorker
 from gunicorn.workers.ggevent import GeventWorker
 
 from mirror import create_app
+from mirror import takes_body
 from settings import Config
 
+HEAD_SECONDS = 20  # until a request is there whole: after the connection, or after its first byte on a kept one
+SEND_SECONDS = 300  # that a client may take no byte of its answer
+MAX_HEADERS = 16 << 10  # bytes of all headers of a request
+AT_ONCE = 32  # idle clients that have to go where no descriptor is left
+OWN_FILES = 64  # descriptors besides the two for each client
 SEND_BUFFER = 128 << 10 if os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 1 << 30 else 256 << 10  # bytes
 TRIM_EVERY = 30  # seconds
 
@@ -46,35 +60,153 @@ logging.getLogger("urllib3").setLevel(logging.ERROR)  # its debug lines hold the
 resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
 
 
+class BoundedRequest(Request):
+    """Bound all headers of a request together: gunicorn bounds each, and their number, and would take 800 KB."""
+
+    def parse(self, unreader: Any) -> bytes:
+        """Read and parse the head."""
+        self.max_buffer_headers = MAX_HEADERS
+        return super().parse(unreader)
+
+
+RequestParser.mesg_class = BoundedRequest
+
+
+class NoDescriptor(gevent.GreenletExit):
+    """Say that no descriptor is left for a new client; gevent prints no traceback of its kind."""
+
+
+class Server(StreamServer):
+    """Accept the clients of one listener. All listeners of a worker share its pool, which bounds them together."""
+
+    def __init__(self, worker: Any, listener: Any, **options: Any) -> None:
+        super().__init__(listener, partial(worker.handle, listener), spawn=worker.pool, **options)
+        self._worker = worker
+        if worker.cfg.workers > 1:
+            self.max_accept = 1
+
+    def do_read(self) -> Any:
+        """Accept a client. Where no descriptor is left, gevent waits up to a second before it tries again."""
+        try:
+            return super().do_read()
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            for _ in range(AT_ONCE):
+                self._worker.make_room()
+            if self.delay == self.max_delay:  # it lasts
+                self._worker.log.warning("no new client can be taken: %s", error.strerror)
+            raise NoDescriptor from error
+
+
 class Worker(GeventWorker):
-    """Serve with gevent, and refuse what is no HTTP as all else is refused: in JSON, and without repeating it."""
+    """Serve with gevent, and end the connections of which no request comes in time.
+
+    What is no HTTP is refused as all else is refused: in JSON, and without repeating it.
+    """
 
     statuses = (
         (errors.LimitRequestLine, 414, "the path is too long"),
         (errors.LimitRequestHeaders, 431, "the headers are too large"),
         (errors.UnsupportedTransferCoding, 501, "the transfer coding is not known"),
+        (errors.ExpectationFailed, 417, "the expectation is not known"),
         (errors.ParseException, 400, "this is no valid HTTP request"),
     )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.waiting: weakref.WeakKeyDictionary[Any, gevent.Timeout] = weakref.WeakKeyDictionary()
+        self.pool: Any = None
+        # Until when each client has to send a request, the one that waits longest first.
+        self.waiting: dict[Any, float] = {}
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        clients = max(1, (files - OWN_FILES) // 2)
+        if clients < self.worker_connections:
+            self.log.warning("%d clients at once and no more: only %d files may be open", clients, files)
+            self.worker_connections = clients
+
+    def server_class(self, listener: Any, spawn: Pool, **options: Any) -> Server:  # type: ignore[override]
+        """Return the server of a listener; gunicorn would give each a pool of its own."""
+        if self.pool is None:
+            self.pool = spawn
+        ssl_options = {key: value for key, value in options.items() if key == "ssl_context"}
+        return Server(self, listener, **ssl_options)
 
     def timeout_ctx(self) -> Any:
-        """Return the time limit of the wait for a connection's next request, and note it."""
-        silent: Any = False  # at its end nothing is raised
-        timeout = gevent.Timeout(self.cfg.keepalive, silent)
-        self.waiting[gevent.getcurrent()] = timeout
-        return timeout
+        """Return no time limit of gunicorn's, which would be one for the wait and the head together."""
+        return contextlib.nullcontext()
+
+    def handle(self, listener: Any, client: Any, addr: Any) -> None:
+        """Serve a connection."""
+        self.keep_room()
+        self.waiting[client] = time.monotonic() + HEAD_SECONDS
+        try:
+            super().handle(listener, client, addr)
+        finally:
+            self.waiting.pop(client, None)
+
+    def handle_request(self, listener_name: Any, req: Any, client: Any, addr: Any) -> None:  # type: ignore[override]
+        """Answer a request, and wait for the first byte of the next one."""
+        if has_body(req):  # it still has to come in time, and no other request comes after it
+            req.force_close()
+            req._expected_100_continue &= takes_body(req.method, req.path)
+        else:
+            self.waiting.pop(client, None)
+        try:
+            AsyncWorker.handle_request(self, listener_name, req, client, addr)
+        except (gevent.GreenletExit, SystemExit):
+            raise StopIteration from None  # gunicorn would go on with the connection on which an answer broke off
+        except StopIteration:
+            if has_body(req):
+                util.close_graceful(client)
+            raise
+        except TimeoutError as error:  # SEND_SECONDS are over
+            raise ConnectionResetError(errno.ECONNRESET, "the client takes nothing") from error
+        self.wait_for_next(req.unreader, client)
+
+    def wait_for_next(self, unreader: Any, client: Any) -> None:
+        """Return when the next request begins, or the connection has ended."""
+        self.waiting[client] = time.monotonic() + self.cfg.keepalive
+        self.keep_room()
+        if unreader.buf.getbuffer().nbytes:
+            gevent.sleep()  # it has begun already; the other clients have their turn all the same
+        else:
+            gevent.socket.wait_read(client.fileno())
+        if client in self.waiting:
+            self.waiting[client] = time.monotonic() + HEAD_SECONDS
+
+    def keep_room(self) -> None:
+        """Make room where few places are left for new clients."""
+        if self.pool.free_count() <= self.pool.size // 50:
+            self.make_room()
+
+    def make_room(self) -> None:
+        """Let go of the client that waits longest, if any does; never of one that is being answered."""
+        if self.waiting:
+            self.let_go(next(iter(self.waiting)))
+
+    def let_go(self, client: Any) -> None:
+        """End the wait for a client's request: the next read finds the end, after what has come already."""
+        del self.waiting[client]
+        with contextlib.suppress(OSError):
+            client._sock.shutdown(socket.SHUT_RD)
+
+    def let_go_in_time(self) -> None:
+        """Let go of the clients whose time is over; at this worker's end, of all that wait."""
+        now = time.monotonic()
+        for client in [client for client, until in self.waiting.items() if until < now or not self.alive]:
+            self.let_go(client)
+
+    def notify(self) -> None:
+        """Tell the master that this worker lives, and look after the clients: gunicorn calls this each second."""
+        super().notify()
+        self.let_go_in_time()
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         """End at SIGTERM as soon as the running requests have ended: a kept connection is none."""
         super().handle_exit(sig, frame)
-        for connection, timeout in list(self.waiting.items()):
-            if timeout.pending:
-                gevent.get_hub().loop.run_callback(connection.throw, timeout)
+        self.let_go_in_time()
 
-    def handle_error(self, req: Any, client: socket.socket, addr: Any, exc: BaseException) -> None:
+    def handle_error(self, req: Any, client: Any, addr: Any, exc: BaseException) -> None:
         """Answer what gunicorn could not parse; a log line of gunicorn's own would hold the query."""
         found = (entry[1:] for entry in self.statuses if isinstance(exc, entry[0]))
         status, message = next(found, (500, "the mirror failed; its log says why"))
@@ -84,6 +216,14 @@ class Worker(GeventWorker):
         head = f"HTTP/1.1 {status} {message}\r\nConnection: close\r\nContent-Type: application/json\r\n"
         with contextlib.suppress(OSError):
             client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            util.close_graceful(client)
+
+
+def has_body(req: Any) -> bool:
+    """Tell whether a request brings a body, read or not."""
+    return any(
+        name == "TRANSFER-ENCODING" or (name == "CONTENT-LENGTH" and value.strip("0")) for name, value in req.headers
+    )
 
 
 worker_class = Worker
@@ -93,16 +233,22 @@ loglevel = _settings.log_level
 accesslog = "-" if _settings.log_level in ("debug", "info") else None
 # client, time, request, status, body bytes, seconds, hosts asked (a>b: a redirected to b; a,b: b was asked after a)
 access_log_format = '%({mirror.client}e)s %(t)s "%(m)s %({mirror.path}e)s" %(s)s %(B)s %(L)s %({mirror.upstream}e)s'
+limit_request_line = 8190  # bytes; nginx takes as many
 # X-Forwarded-* is ProxyFix's alone (MIRROR_PROXIES), and nobody sets SCRIPT_NAME by a header.
 forwarded_allow_ips = ""
 forwarder_headers = ""
 
 
 def when_ready(server: Any) -> None:
-    """Before the workers are forked: bound the listener's send buffers, and share all objects made so far."""
+    """Before the workers are forked: bound what a client may cost, and share all objects made so far.
+
+    Connections have the options of their listener. The terminator at a Unix socket has a time limit of its own.
+    """
     for listener in server.LISTENERS:
         if is_local(listener.sock):
             listener.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+        if listener.sock.family != socket.AF_UNIX:
+            listener.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SEND_SECONDS * 1000)  # tcp(7)
     gc.collect()
     gc.freeze()
 

@@ -74,7 +74,10 @@ def send_raw(mirror: Mirror, text: bytes) -> bytes:
 
 
 class Lab:
-    """Run a mirror whose Docker Hub is a `RawUpstream`; `more` ends its registries file, keywords are its settings."""
+    """Run a mirror whose Docker Hub is a `RawUpstream`.
+
+    `more` ends its registries file, `options` are gunicorn's, keywords are its settings.
+    """
 
     def __init__(
         self,
@@ -82,12 +85,14 @@ class Lab:
         realms: tuple[str, ...] = (),
         ca: str = "",
         more: str = "",
+        options: tuple[str, ...] = (),
         **settings: Any,
     ):
         self.upstream = upstream or RawUpstream()
         self._realms = realms
         self._ca = ca
         self._more = more
+        self._options = options
         self._settings = settings
         self._stack = ExitStack()
         self.name = "app"
@@ -112,7 +117,7 @@ class Lab:
             file.write_text(
                 f'["docker.io"]\nendpoints = ["{self.upstream.url}"]\nrealms = {realms}\n{ca}\n{self._more}\n'
             )
-            self.mirror = self._stack.enter_context(Mirror(registries=file, **self._settings))
+            self.mirror = self._stack.enter_context(Mirror(*self._options, registries=file, **self._settings))
             self._stack = self._stack.pop_all()
         return self
 
