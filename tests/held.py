@@ -67,7 +67,7 @@ class Census(NamedTuple):
 def countable(folder: Path, **settings: str | float) -> Mirror:
     """Return a mirror with one worker, of which a census can be taken by means of a file in this folder."""
     config = Path(__file__).with_name("census.py")
-    return Mirror("-c", f"file:{config}", port=None, env={"CENSUS_FOLDER": str(folder)}, **settings)
+    return Mirror("-c", f"file:{config}", env={"CENSUS_FOLDER": str(folder)}, covered=False, **settings)
 
 
 def census(mirror: Mirror, folder: Path) -> Census:

@@ -36,12 +36,19 @@ class Mirror:
     """Serve the mirror on loopback with these settings and gunicorn options.
 
     A keyword becomes a setting of the mirror: `login="off"` is MIRROR_LOGIN=off. No other MIRROR_* variable of this
-    process's environment reaches it. `env` adds variables that are no settings, such as HTTPS_PROXY.
+    process's environment reaches it. `env` adds variables that are no settings, such as HTTPS_PROXY. Where its memory
+    is looked at, it must not be `covered`: what coverage notes grows with each new way through the code.
     """
 
     def __init__(
-        self, *options: str, port: int | None = None, env: Mapping[str, str] | None = None, **settings: object
+        self,
+        *options: str,
+        port: int | None = None,
+        env: Mapping[str, str] | None = None,
+        covered: bool = True,
+        **settings: object,
     ):
+        self._hidden = ("MIRROR_",) if covered else ("MIRROR_", "COVERAGE_")
         self.port = port or free_port(HOST)
         self.host = f"{HOST}:{self.port}"
         self.url = f"http://{self.host}"
@@ -69,7 +76,7 @@ class Mirror:
         return [*gunicorn, *SERVED_AS, *self._options, "wsgi:app"]
 
     def _environment(self) -> dict[str, str]:
-        inherited = {name: value for name, value in clean_environment().items() if not name.startswith("MIRROR_")}
+        inherited = {name: value for name, value in clean_environment().items() if not name.startswith(self._hidden)}
         return inherited | {"PYTHONUNBUFFERED": "1"} | self._settings
 
     def _healthy(self) -> bool:

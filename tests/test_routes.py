@@ -129,7 +129,7 @@ def test_the_access_line_takes_no_forged_address_and_no_line_break(lab: Lab) -> 
     lab.ask('/v2/a%0a1.2.3.4%20"x"', {"X-Forwarded-For": '1.2.3.4 "GET /forged" 200'})
     lab.mirror.wait_for_requests(1, since)
     log = lab.mirror.log(since)
-    assert log.startswith("127.0.0.1 [")
+    assert log.startswith("- [")
     assert log.count("\n") == 1
     assert "forged" not in log
 
