@@ -7,6 +7,7 @@ import socket
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 from typing import NamedTuple
 
 from processes import poll
@@ -64,7 +65,7 @@ class Census(NamedTuple):
     blocks: int
 
 
-def countable(folder: Path, **settings: str | float) -> Mirror:
+def countable(folder: Path, **settings: Any) -> Mirror:
     """Return a mirror with one worker, of which a census can be taken by means of a file in this folder."""
     config = Path(__file__).with_name("census.py")
     return Mirror("-c", f"file:{config}", env={"CENSUS_FOLDER": str(folder)}, covered=False, **settings)
