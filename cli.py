@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import fields
 
 import click
 
+from check import IMAGE
+from check import run
 from mirror import __version__
 from settings import Config
 from settings import ConfigError
@@ -41,6 +44,20 @@ def settings(markdown: bool) -> None:
         click.echo(f"{variable(item)}={shown(getattr(config, item.name))}")
     for registry in registries.values():
         click.echo(f"# {registry.name}: {' '.join(registry.endpoints)}")
+
+
+@main.command()
+@click.argument("url")
+@click.argument("image", default=IMAGE)
+@click.option("--platform", metavar="OS/ARCH", help="Platform of the image; this host's if left out.")
+@click.option("--ca", type=click.Path(exists=True, dir_okay=False), help="Authorities to trust besides the system's.")
+@click.option("--json", "in_json", is_flag=True, help="Print one JSON object.")
+def check(url: str, image: str, platform: str | None, ca: str | None, in_json: bool) -> None:
+    """Pull IMAGE (busybox if left out) through the mirror at URL as dockerd does; say what is wrong and how to mend it.
+
+    Nothing is kept. No login and no proxy is used. The exit status is 1 where something is wrong.
+    """
+    sys.exit(0 if run(url, image, platform, ca, in_json) else 1)
 
 
 def settings_table() -> Iterator[str]:

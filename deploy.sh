@@ -8,7 +8,7 @@ bind=127.0.0.1:5000
 
 # The packages that bring the tests' real servers and clients.
 test_packages=(docker-registry nginx skopeo podman uidmap docker.io containerd tinyproxy-bin microsocks
-    redis-server shellcheck curl)
+    redis-server shellcheck curl haproxy apache2-bin caddy)
 
 usage() {
     cat <<END

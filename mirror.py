@@ -2009,6 +2009,11 @@ def is_token(path: str) -> bool:
     return path == "/token" or path.startswith("/token/")
 
 
+def below(prefix: str, path: str) -> str | None:
+    """Return what follows a prefix in a path, None for a path elsewhere; everything is below an empty prefix."""
+    return path.removeprefix(prefix) if f"{path}/".startswith(f"{prefix}/") else None
+
+
 def takes_body(method: str, path: str) -> bool:
     """Tell whether a request may bring a body, of at most `MAX_FORM` bytes: a login by POST is the only one."""
     return method == "POST" and is_token(path)
@@ -2071,6 +2076,27 @@ class Terminated(ProxyFix):
                 "X-Forwarded-For of %s is not believed: is it a terminator? MIRROR_TERMINATORS names them", peer
             )
         return self.app(environ, start_response)
+
+
+class Prefixed:
+    """Serve an application below a secret path, and nothing elsewhere: no answer there tells what this is.
+
+    The log is without the secret. A path elsewhere may hold it too, by a mistake such as a doubled slash.
+    """
+
+    def __init__(self, app: Any, prefix: str) -> None:
+        self.app = app
+        self._prefix = prefix
+
+    def __call__(self, environ: Any, start_response: Any) -> Any:
+        """Answer a request, by a bare 404 where its path is another one."""
+        path = below(self._prefix, environ.get("PATH_INFO", ""))
+        if path is not None:
+            environ.update(SCRIPT_NAME=self._prefix, PATH_INFO=path or "/")
+            return self.app(environ, start_response)
+        note_request(environ)
+        environ["mirror.path"] = environ["mirror.path"].replace(self._prefix, "")
+        return Response("not found\n", 404, mimetype="text/plain")(environ, start_response)
 
 
 def is_within(address: str, networks: tuple[Network, ...]) -> bool:
@@ -2416,6 +2442,8 @@ def create_app(config: Config) -> Flask:
     app.register_error_handler(Exception, views.error)
     for rule, view, methods in views.routes():
         app.add_url_rule(rule, rule, view, methods=methods)
+    if config.path_prefix:
+        app.wsgi_app = Prefixed(app.wsgi_app, config.path_prefix)  # type: ignore[method-assign]
     if config.proxies:
         app.wsgi_app = Terminated(app.wsgi_app, config.proxies, config.terminators)  # type: ignore[method-assign]
     return app
@@ -2652,7 +2680,8 @@ class Views:
 
     def _linked(self, response: Response, answer: Answer) -> Response:
         """Return the response with the way to its next page, if upstream gave one."""
-        link = next_page(answer.response.headers.get("Link", ""), request.path, g.get("ns"))
+        path = self._config.path_prefix + request.path
+        link = next_page(answer.response.headers.get("Link", ""), path, g.get("ns"))
         if link is not None:
             response.headers["Link"] = link
         return response
@@ -2686,10 +2715,9 @@ class Views:
         return challenge._replace(parameters=parameters).at(realm)
 
     def _public_url(self) -> str:
-        if self._config.public_url is not None:
-            return self._config.public_url
+        """Return the URL by which clients know the mirror, its secret path included."""
         scheme = "https" if request.scheme == "https" else "http"
-        return f"{scheme}://{request.host}"
+        return (self._config.public_url or f"{scheme}://{request.host}") + self._config.path_prefix
 
 
 def with_scopes(arguments: dict[str, list[str]], change: Callable[[str], str]) -> dict[str, list[str]]:

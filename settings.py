@@ -75,8 +75,16 @@ def parse_address(text: str) -> str:
     """Return a URL without a path; raise ValueError where it is none."""
     url = parse_url(text)
     if urlsplit(url).path:
-        raise ValueError("the URL has a path: the mirror serves the root of its host")
+        raise ValueError(f"the URL has a path: leave it to {PREFIX}PATH_PREFIX")
     return url
+
+
+def parse_path(text: str) -> str:
+    """Return a path without its trailing slash; raise ValueError where it is none, or could not stand in every URL."""
+    path = text.rstrip("/")
+    if not re.fullmatch(r"(/(?!\.{1,2}(/|$))[A-Za-z0-9._~-]+)+", path):
+        raise ValueError("must be a path such as /s3cret: letters, digits and . _ ~ - after each slash")
+    return path
 
 
 def parse_proxy(text: str) -> str:
@@ -176,7 +184,7 @@ def setting(default: Any, parse: Callable[[str], Any], text: str, variable: str 
     `variable` is set for those that other programs read too; all others are named after their field.
     """
     metadata = {"parse": parse, "help": text, "variable": variable}
-    return field(default=default, repr=parse not in (parse_proxy, parse_store), metadata=metadata)
+    return field(default=default, repr=parse not in (parse_path, parse_proxy, parse_store), metadata=metadata)
 
 
 seconds = parse_number(0.1, 3600, float)
@@ -189,6 +197,9 @@ class Config:
 
     public_url: str | None = setting(
         None, parse_address, "Address at which clients reach the mirror. Unset: the Host and scheme of each request."
+    )
+    path_prefix: str = setting(
+        "", parse_path, "Secret path, such as `/s3cret`, under which all is served; elsewhere nothing is found."
     )
     proxies: int = setting(
         1,

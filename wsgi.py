@@ -22,6 +22,7 @@ import socket
 import sys
 import time
 from functools import partial
+from http import HTTPStatus
 from typing import Any
 
 import gevent
@@ -34,6 +35,7 @@ from gunicorn.http.parser import RequestParser
 from gunicorn.workers.base_async import AsyncWorker
 from gunicorn.workers.ggevent import GeventWorker
 
+from mirror import below
 from mirror import create_app
 from mirror import takes_body
 from settings import Config
@@ -148,7 +150,7 @@ class Worker(GeventWorker):
         """Answer a request, and wait for the first byte of the next one."""
         if has_body(req):  # it still has to come in time, and no other request comes after it
             req.force_close()
-            req._expected_100_continue &= takes_body(req.method, req.path)
+            req._expected_100_continue &= takes_body(req.method, below(_settings.path_prefix, req.path) or "")
         else:
             self.waiting.pop(client, None)
         try:
@@ -212,11 +214,21 @@ class Worker(GeventWorker):
         status, message = next(found, (500, "the mirror failed; its log says why"))
         level = logging.ERROR if status == 500 else logging.WARNING
         self.log.log(level, "%s got %d: %s", (addr or "-")[0], status, type(exc).__name__, exc_info=status == 500)
-        body = json.dumps({"errors": [{"code": "UNSUPPORTED", "message": message, "detail": None}]}).encode()
-        head = f"HTTP/1.1 {status} {message}\r\nConnection: close\r\nContent-Type: application/json\r\n"
         with contextlib.suppress(OSError):
-            client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            client.sendall(refusal(status, message))
             util.close_graceful(client)
+
+
+def refusal(status: int, message: str) -> bytes:
+    """Return an answer in JSON. Where there is a secret path it is bare: the client may not know that path."""
+    body, kind = (
+        json.dumps({"errors": [{"code": "UNSUPPORTED", "message": message, "detail": None}]}),
+        "application/json",
+    )
+    if _settings.path_prefix:
+        body, kind, message = "", "text/plain", HTTPStatus(status).phrase
+    head = f"HTTP/1.1 {status} {message}\r\nConnection: close\r\nContent-Type: {kind}\r\n"
+    return f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode()
 
 
 def has_body(req: Any) -> bool:

@@ -147,7 +147,7 @@ class Server(NamedTuple):
     def answers(self) -> bool:
         """Tell whether anything is heard at its address."""
         try:
-            return self.session.get(f"{self.url}/v2/", timeout=5).status_code > 0
+            return self.session.get(f"{self.url}/v2/", timeout=5, allow_redirects=False).status_code > 0
         except requests.ConnectionError:
             return False
 

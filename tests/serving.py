@@ -51,7 +51,7 @@ class Mirror:
         self._hidden = ("MIRROR_",) if covered else ("MIRROR_", "COVERAGE_")
         self.port = port or free_port(HOST)
         self.host = f"{HOST}:{self.port}"
-        self.url = f"http://{self.host}"
+        self.url = f"http://{self.host}{settings.get('path_prefix', '')}"
         self._options = options
         self._settings = {f"MIRROR_{name.upper()}": str(value) for name, value in settings.items()} | dict(env or {})
         self._stack = ExitStack()

@@ -14,6 +14,7 @@ from lab import Reply
 from parts import Premises
 from serving import ROOT
 from serving import Mirror
+from upstream import RawUpstream
 
 READMES = [ROOT / "README.md", ROOT / "README.zh-CN.md"]
 ADDRESS = "127.0.0.20"
@@ -30,7 +31,7 @@ def block_of(readme: Path) -> str:
 class Terminator(Premises):
     """Run nginx with TLS and README's block in front of a mirror; several may have one authority."""
 
-    def __init__(self, mirror: Mirror, authority: trustme.CA | None = None) -> None:
+    def __init__(self, mirror: Mirror | RawUpstream, authority: trustme.CA | None = None) -> None:
         super().__init__(authority or trustme.CA())
         self._mirror = mirror
 

@@ -543,6 +543,18 @@ def test_a_base_url_can_be_made_longer(text: str) -> None:
     assert address is None or (address == url and "/" not in address.partition("://")[2])
 
 
+@given(VALUES)
+@example("/s3cret/")
+@example("/a/..b/~c/.")
+def test_a_secret_path_stands_in_a_url_as_it_is(text: str) -> None:
+    path = read(settings.parse_path, text, ValueError)
+    if path is not None:
+        assert settings.parse_path(path) == path
+        assert urlsplit(f"https://a.example{path}/v2/").path == f"{path}/v2/"
+        assert mirror.below(path, f"{path}/v2/") == "/v2/"
+        assert mirror.below(path, f"{path}x/v2/") is None
+
+
 @given(VALUES | HTTP_URLS)
 @example("SOCKS5://a.example")
 def test_a_proxys_url_is_that_of_a_server(text: str) -> None:

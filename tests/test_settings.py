@@ -29,6 +29,7 @@ def test_nothing_set_means_the_defaults() -> None:
 def test_each_setting_is_read() -> None:
     environ = {
         "MIRROR_PUBLIC_URL": "https://mirror.example/",
+        "MIRROR_PATH_PREFIX": "/s3cret/",
         "MIRROR_PROXIES": "2",
         "MIRROR_LOGIN": "OFF",
         "MIRROR_REGISTRIES": "/etc/registries.toml",
@@ -45,6 +46,7 @@ def test_each_setting_is_read() -> None:
     }
     expected = Config(
         public_url="https://mirror.example",
+        path_prefix="/s3cret",
         proxies=2,
         login=False,
         registries="/etc/registries.toml",
@@ -121,7 +123,12 @@ def test_a_proxy_in_lower_case_goes_before_one_in_capitals() -> None:
         ("MIRROR_PUBLIC_URL", "mirror.example", "is not a URL such as https://mirror.example"),
         ("MIRROR_PUBLIC_URL", "https://a:b@mirror.example", "leave them out"),
         ("MIRROR_PUBLIC_URL", "https://mirror.example/?x=1", "leave them out"),
-        ("MIRROR_PUBLIC_URL", "https://mirror.example/sub", "has a path"),
+        ("MIRROR_PUBLIC_URL", "https://mirror.example/sub", "leave it to MIRROR_PATH_PREFIX"),
+        ("MIRROR_PATH_PREFIX", "s3cret", "must be a path such as /s3cret"),
+        ("MIRROR_PATH_PREFIX", "/", "must be a path"),
+        ("MIRROR_PATH_PREFIX", "/a//b", "must be a path"),
+        ("MIRROR_PATH_PREFIX", "/a/../b", "must be a path"),
+        ("MIRROR_PATH_PREFIX", "/a%20b", "must be a path"),
         ("MIRROR_PUBLIC_URL", "https://mirror.example:99999", "ort"),
         ("MIRROR_PUBLIC_URL", "https://[::1", "IPv6"),
         ("MIRROR_PUBLIC_URL", "https://mirror example", "is not a URL"),
