@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Iterator
 from dataclasses import fields
 
@@ -29,10 +30,11 @@ def main() -> None:
 
 @main.command()
 @click.option("--markdown", is_flag=True, help="Print the table of README: each setting and its default.")
-def settings(markdown: bool) -> None:
+@click.option("--env", is_flag=True, help="Print systemd/docker-mirror.env: each setting and its default, commented.")
+def settings(markdown: bool, env: bool) -> None:
     """Print all settings as they are in force here, and check them and the registries file."""
-    if markdown:
-        click.echo("\n".join(settings_table()))
+    if markdown or env:
+        click.echo("\n".join(settings_table() if markdown else settings_file()))
         return
     try:
         config = Config.from_environ(os.environ)
@@ -67,6 +69,17 @@ def settings_table() -> Iterator[str]:
     for item in fields(Config):
         default = shown(item.default)
         yield f"| `{variable(item)}` | {f'`{default}`' if default else 'unset'} | {item.metadata['help']} |"
+
+
+def settings_file() -> Iterator[str]:
+    """Yield the lines of the file of settings that the service reads, each with its default and commented."""
+    yield "# Settings of docker-mirror. Take the # before a variable away to set it, and then run:"
+    yield "#     systemctl restart docker-mirror"
+    yield "# Relative paths start at /etc/docker-mirror. The service may write to /var/cache/docker-mirror only."
+    for item in fields(Config):
+        yield ""
+        yield from textwrap.wrap(item.metadata["help"], 110, initial_indent="# ", subsequent_indent="# ")
+        yield f"#{variable(item)}={shown(item.default)}"
 
 
 def shown(value: object) -> str:

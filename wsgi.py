@@ -12,12 +12,14 @@ monkey.patch_all()
 import contextlib
 import ctypes
 import errno
+import fcntl
 import gc
 import ipaddress
 import json
 import logging
 import os
 import resource
+import signal
 import socket
 import sys
 import time
@@ -28,6 +30,7 @@ from typing import Any
 import gevent
 from gevent.pool import Pool
 from gevent.server import StreamServer
+from gunicorn import systemd
 from gunicorn import util
 from gunicorn.http import Request
 from gunicorn.http import errors
@@ -39,6 +42,7 @@ from mirror import below
 from mirror import create_app
 from mirror import takes_body
 from settings import Config
+from settings import load_registries
 
 HEAD_SECONDS = 20  # until a request is there whole: after the connection, or after its first byte on a kept one
 SEND_SECONDS = 300  # that a client may take no byte of its answer
@@ -47,6 +51,7 @@ AT_ONCE = 32  # idle clients that have to go where no descriptor is left
 OWN_FILES = 64  # descriptors besides the two for each client
 SEND_BUFFER = 128 << 10 if os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 1 << 30 else 256 << 10  # bytes
 TRIM_EVERY = 30  # seconds
+PR_SET_PDEATHSIG = 1  # prctl(2)
 
 _settings = Config.from_environ(os.environ)
 app = create_app(_settings)
@@ -261,8 +266,16 @@ def when_ready(server: Any) -> None:
             listener.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         if listener.sock.family != socket.AF_UNIX:
             listener.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SEND_SECONDS * 1000)  # tcp(7)
+    systemd.sd_notify(f"STATUS={what_is_served(server)}", server.log)
     gc.collect()
     gc.freeze()
+
+
+def what_is_served(server: Any) -> str:
+    """Return the line that ``systemctl status`` shows."""
+    addresses = ", ".join(map(str, server.LISTENERS))
+    workers = "1 worker" if server.num_workers == 1 else f"{server.num_workers} workers"
+    return f"Serving {len(load_registries(_settings))} registries at {addresses} with {workers}"
 
 
 def is_local(listener: socket.socket) -> bool:
@@ -276,9 +289,38 @@ def is_local(listener: socket.socket) -> bool:
     return ipaddress.ip_address(listener.getsockname()[0]).is_loopback
 
 
+def pre_exec(server: Any) -> None:
+    """At SIGUSR2, before the next master is executed: let it be the one that is installed now.
+
+    Its script names the Python of the version to which ``current`` leads; gunicorn would take the one of this process.
+    From systemd it takes descriptors 3, 4, …, but has moved its own elsewhere.
+    """
+    script = server.START_CTX["args"][1]
+    if os.access(script, os.X_OK):
+        server.START_CTX.update({0: script, "args": server.START_CTX["args"][1:]})
+    if server.systemd:
+        spare = [fcntl.fcntl(listener.fileno(), fcntl.F_DUPFD, 100) for listener in server.LISTENERS]
+        for number, descriptor in enumerate(spare, systemd.SD_LISTEN_FDS_START):
+            os.dup2(descriptor, number)
+
+
 def post_worker_init(worker: Any) -> None:
-    """Start the greenlet that gives memory back."""
+    """Serve: take over from the process before this one, and start the greenlet that gives memory back.
+
+    A worker ends with its master, even by SIGKILL: systemd starts the next one when no process is left.
+    """
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    take_over(worker)
     gevent.spawn(trim_when_idle, worker)
+
+
+def take_over(worker: Any) -> None:
+    """After SIGUSR2, let the master before this one finish its transfers and end, and tell systemd who serves now."""
+    predecessor = os.environ.get("GUNICORN_PID")
+    if predecessor:
+        systemd.sd_notify(f"MAINPID={worker.ppid}", worker.log)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(predecessor), signal.SIGTERM)
 
 
 def trim_when_idle(worker: Any) -> None:

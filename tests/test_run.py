@@ -186,6 +186,38 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+def test_sigusr2_lets_another_process_take_over_and_this_one_end_after_its_transfers(
+    installed: Path, elsewhere: Path, hub: Hub
+) -> None:
+    layer = max(blobs(hub.repositories[BIG]), key=lambda blob: len(blob.data))
+    with serving(installed, elsewhere) as (process, url):
+        (worker,) = children(process.pid)
+        with closing(http.client.HTTPConnection(url.removeprefix("http://"), timeout=30)) as client:
+            client.request("GET", f"/v2/{BIG}/blobs/{layer.digest}")
+            response = client.getresponse()
+            start = response.read(MIB)
+            os.kill(process.pid, signal.SIGUSR2)
+            assert poll(lambda: "Handling signal: term" in process.log_file.read_text(), 20)
+            (successor,) = (pid for pid in children(process.pid) if pid != worker)
+            try:
+                assert process.running()
+                assert get(f"{url}/healthz").status == 200
+                assert start + response.read() == layer.data
+                assert poll(lambda: not process.running(), 10)
+                assert get(f"{url}/healthz").status == 200
+            finally:
+                os.kill(successor, signal.SIGTERM)
+            assert poll(lambda: get(f"{url}/healthz").status == 0, 10)
+
+
+def test_a_worker_ends_with_its_master_however_that_ends(installed: Path, elsewhere: Path) -> None:
+    with serving(installed, elsewhere) as (process, url):
+        (worker,) = children(process.pid)
+        os.kill(process.pid, signal.SIGKILL)
+        assert poll(lambda: not Path(f"/proc/{worker}").exists(), 5)
+        assert get(f"{url}/healthz").status == 0
+
+
 @pytest.mark.parametrize("option", ["--bind=127.0.0.1:5999", "--bind 127.0.0.1:5999", "-b 127.0.0.1:5999"])
 def test_an_address_of_the_users_own_replaces_the_default(installed: Path, elsewhere: Path, option: str) -> None:
     shown = settings_of(run(installed / "deploy.sh", "run", *option.split(), "--print-config", cwd=elsewhere))
@@ -216,6 +248,26 @@ def test_a_wrong_setting_stops_the_start_with_a_line_that_says_why(installed: Pa
     ended = run(installed / "deploy.sh", "run", cwd=elsewhere, seconds=30, MIRROR_LOGN="off")
     assert ended.returncode != 0
     assert "MIRROR_LOGN is no setting; did you mean MIRROR_LOGIN?" in ended.stderr
+
+
+@pytest.mark.parametrize("command", ["install", "uninstall"])
+def test_a_dry_run_needs_no_root_and_changes_nothing(installed: Path, elsewhere: Path, command: str) -> None:
+    ended = run(installed / "deploy.sh", command, "--dry-run", cwd=elsewhere)
+    assert ended.returncode == 0, ended.stderr
+    told = "would run: systemctl" if command == "install" else "nothing to change"
+    assert told in ended.stderr
+
+
+@pytest.mark.parametrize("command", ["install", "uninstall"])
+def test_an_option_that_is_none_is_refused(installed: Path, elsewhere: Path, command: str) -> None:
+    ended = run(installed / "deploy.sh", command, "--dry-run", "--dryrun", cwd=elsewhere)
+    assert (ended.returncode, ended.stderr) == (1, "deploy.sh: unknown option: --dryrun\n")
+
+
+def test_a_url_is_checked_by_the_owners_command(installed: Path, elsewhere: Path) -> None:
+    ended = run(installed / "deploy.sh", "check", "http://127.0.0.1:9", cwd=elsewhere)
+    assert ended.returncode != 0
+    assert "docker-mirror" in ended.stderr + ended.stdout
 
 
 def test_pip_installs_all_modules_and_the_command_into_a_fresh_venv(

@@ -4,6 +4,8 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
+from dataclasses import fields
 from pathlib import Path
 
 import click.testing
@@ -16,6 +18,7 @@ from settings import Config
 from settings import ConfigError
 from settings import Registry
 from settings import load_registries
+from settings import variable
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -306,6 +309,33 @@ def test_the_chinese_readme_has_the_same_settings_and_defaults() -> None:
 
     chinese = (ROOT / "README.zh-CN.md").read_text().replace("未设置", "unset").splitlines()
     assert cells(chinese) == cells(list(cli.settings_table()))
+
+
+def test_the_services_file_has_all_settings_as_they_are_and_sets_none() -> None:
+    shown = run_cli("settings", "--env").output
+    assert shown == (ROOT / "systemd/docker-mirror.env").read_text()
+    assert all(line.startswith("#") for line in shown.splitlines() if line)
+    lines = [f"#{variable(item)}={cli.shown(item.default)}" for item in fields(Config)]
+    assert [line for line in shown.splitlines() if re.match(r"#\w+=", line)] == lines
+
+
+def test_the_settings_of_the_services_file_can_be_set_to_what_it_shows() -> None:
+    text = (ROOT / "systemd/docker-mirror.env").read_text()
+    assert Config.from_environ(dict(re.findall(r"^#(\w+)=(.*)$", text, re.M))) == Config()
+
+
+def test_the_example_of_a_registries_file_can_be_read(tmp_path: Path) -> None:
+    text = (ROOT / "systemd/registries.toml.example").read_text()
+    settings = re.sub(r"^#(\[|\w+ = )", r"\1", text, flags=re.M)
+    file, authorities, credential = (tmp_path / name for name in ("registries.toml", "ca.pem", "credentials_hub"))
+    trustme.CA().cert_pem.write_to_path(authorities)
+    credential.write_text("secret")
+    file.write_text(settings.replace("/etc/ssl/private-ca.pem", str(authorities)))
+    registries = load_registries(Config(registries=str(file), credentials=str(tmp_path)))
+    assert registries["docker.io"].password == "secret"
+    assert registries["registry.example"].alias == "team"
+    assert "quay.io" not in registries
+    assert tomllib.loads(text) == {}
 
 
 def test_the_owner_sees_the_settings_in_force(tmp_path: Path) -> None:
