@@ -33,6 +33,8 @@ import ipaddress
 import json
 import logging
 import math
+import mmap
+import os
 import re
 import socket
 import ssl
@@ -43,6 +45,7 @@ from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from contextlib import ExitStack
+from contextlib import closing
 from contextlib import contextmanager
 from contextlib import suppress
 from datetime import UTC
@@ -50,8 +53,14 @@ from datetime import datetime
 from fnmatch import fnmatchcase
 from functools import cached_property
 from functools import partial
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
+from typing import Generic
 from typing import NamedTuple
+from typing import NoReturn
+from typing import Protocol
+from typing import TypeVar
 from typing import cast
 from urllib.parse import quote
 from urllib.parse import urlencode
@@ -68,6 +77,8 @@ from flask import Flask
 from flask import Response
 from flask import g
 from flask import request
+from gevent import monkey
+from gevent.event import Event
 from gevent.threadpool import ThreadPool
 from greenlet import greenlet
 from requests.adapters import HTTPAdapter
@@ -81,8 +92,11 @@ from urllib3.exceptions import NewConnectionError
 from urllib3.poolmanager import PoolManager
 from werkzeug.datastructures import Authorization
 from werkzeug.datastructures import Headers
+from werkzeug.datastructures import MIMEAccept
 from werkzeug.datastructures import WWWAuthenticate
 from werkzeug.exceptions import HTTPException
+from werkzeug.exceptions import RequestedRangeNotSatisfiable
+from werkzeug.http import parse_accept_header
 from werkzeug.http import parse_content_range_header
 from werkzeug.http import parse_date
 from werkzeug.http import parse_options_header
@@ -91,6 +105,19 @@ from werkzeug.http import quote_header_value
 from werkzeug.http import unquote_etag
 from werkzeug.middleware.proxy_fix import ProxyFix
 
+from cache import FOLDER_MODE
+from cache import MEDIA_TYPE
+from cache import Blob
+from cache import Cache
+from cache import Follower
+from cache import Full
+from cache import Limits
+from cache import Name
+from cache import Partial
+from cache import Record
+from cache import WrongDigest
+from cache import hash_file
+from cache import is_digest
 from settings import DIRECT
 from settings import DOCKER_IO
 from settings import Config
@@ -121,6 +148,7 @@ class MirrorError(Exception):
     status: int = 500
     code: str = "UNKNOWN"
     cools = True  # whether the endpoint that failed so is left alone for a while
+    is_final = False  # whether it is the registry's own word, which no kept copy contradicts
 
     def __init__(
         self,
@@ -130,6 +158,7 @@ class MirrorError(Exception):
     ) -> None:
         super().__init__(message)
         self.headers = dict(headers or {})
+        self.is_quoted = errors is not None
         self.errors = errors or [{"code": self.code, "message": message, "detail": None}]
 
 
@@ -260,6 +289,10 @@ class GatewayTimeout(MirrorError):
 
     status = 504
     code = "UNAVAILABLE"
+
+
+class Late(GatewayTimeout):
+    """Say that an answer is still awaited, but not by this client."""
 
 
 # UnicodeError: a host name that cannot be looked up, such as one with a label of 70 letters.
@@ -548,44 +581,59 @@ class Token(NamedTuple):
         return cls(value, asked_at + 0.9 * lifetime)
 
 
+Found = TypeVar("Found")
+
+
+class Once(Generic[Found]):
+    """Do what several ask for at a time once for all of them.
+
+    It runs in a greenlet of its own: the one who asked first may run out of time, or leave.
+    """
+
+    def __init__(self) -> None:
+        self._running: dict[tuple[str, ...], gevent.Greenlet[..., Found | MirrorError]] = {}
+
+    def get(self, key: tuple[str, ...], run: Callable[[], Found], seconds: float | None = None) -> Found:
+        """Return what `run` returns; its MirrorError reaches all. Raises Late after so many seconds."""
+        if key not in self._running:
+            self._running[key] = gevent.spawn(self._run, key, run)
+        try:
+            found = self._running[key].get(timeout=seconds)
+        except gevent.Timeout:
+            raise Late("upstream is slow") from None
+        if isinstance(found, MirrorError):
+            raise found
+        return found
+
+    def _run(self, key: tuple[str, ...], run: Callable[[], Found]) -> Found | MirrorError:
+        try:
+            return run()
+        except MirrorError as error:
+            return error
+        finally:
+            del self._running[key]
+
+
 class TokenStore:
     """Keep the mirror's own tokens, one for each registry, site and scope, shared by all clients."""
 
     def __init__(self) -> None:
         self._tokens: dict[tuple[str, ...], Token] = {}
-        self._running: dict[tuple[str, ...], gevent.Greenlet[..., Token | MirrorError]] = {}
+        self._asked: Once[Token] = Once()
 
     def get(self, key: tuple[str, ...], fetch: Callable[[], Token]) -> str:
-        """Return the token for `key`. However many ask, `fetch` runs once; its MirrorError reaches all.
-
-        It runs in a greenlet of its own: the one who asked first may run out of time, or leave.
-        """
+        """Return the token for `key`. However many ask, `fetch` runs once; its MirrorError reaches all."""
         token = self._tokens.get(key)
         if token is not None and time.monotonic() < token.renew_at:
             return token.value
-        if key not in self._running:
-            self._running[key] = gevent.spawn(self._fill, key, fetch)
-        found = self._running[key].get()
-        if isinstance(found, Token):
-            return found.value
-        raise found
+        return self._asked.get(key, lambda: self._kept(key, fetch())).value
 
-    def _fill(self, key: tuple[str, ...], fetch: Callable[[], Token]) -> Token | MirrorError:
-        try:
-            token = fetch()
-        except MirrorError as error:
-            return error
-        else:
-            self._keep(key, token)
-            return token
-        finally:
-            del self._running[key]
-
-    def _keep(self, key: tuple[str, ...], token: Token) -> None:
+    def _kept(self, key: tuple[str, ...], token: Token) -> Token:
         self._tokens.pop(key, None)  # it goes to the end: the first is the oldest
         self._tokens[key] = token
         if len(self._tokens) > MAX_TOKENS:
             del self._tokens[next(iter(self._tokens))]
+        return token
 
     def drop(self, key: tuple[str, ...], value: str) -> None:
         """Forget the token `value`, which the registry refused; a newer one stays."""
@@ -638,7 +686,8 @@ class Wanted(NamedTuple):
 
     `resource` is the path after the repository's name; `headers` go upstream as they are; `authorization` is the
     client's own, or None where the mirror acts as itself; `missing` is the error that a 404 stands for;
-    `whole` asks for the body to be read at once, `verify` for a body that has not its digest to be refused.
+    `whole`, a number of bytes, asks for a body of at most so many to be read at once, `verify` for a body that has not
+    its digest to be refused.
     """
 
     target: Target
@@ -649,7 +698,7 @@ class Wanted(NamedTuple):
     authorization: str | None
     missing: type[NotFound]
     trail: Trail
-    whole: bool = False
+    whole: int = 0
     verify: bool = False
 
     @property
@@ -757,9 +806,14 @@ class Hash:
     def check(self, host: str) -> None:
         """Raise BadGateway unless the bytes, which came from `host`, are the right ones."""
         if self._hash.hexdigest() != self._expected:
-            error = BadGateway(f"{host} sent bytes that do not have the digest they are named by")
-            error.cools = False  # it is about one object
-            raise error
+            raise wrong_digest(host)
+
+
+def wrong_digest(host: str) -> BadGateway:
+    """Return the error for bytes that are not what was asked for."""
+    error = BadGateway(f"{host} sent bytes that do not have the digest they are named by")
+    error.cools = False  # it is about one object
+    return error
 
 
 class Reply(NamedTuple):
@@ -1074,6 +1128,8 @@ def raise_for_status(
         return
     error = _error_for(answer, missing, refused)
     error.cools = answer.site is not None or answer.status >= 500  # a storage host's refusal is about one object
+    is_page = parse_options_header(answer.response.headers.get("Content-Type"))[0] == "text/html"  # of a middlebox
+    error.is_final = answer.site is not None and not is_page and (error.is_quoted or answer.status in (401, 404))
     raise error
 
 
@@ -1298,6 +1354,9 @@ class Upstream:
                     return self._attempt(site, wanted, seconds)
             except FAILURES as error:
                 failures.append(error)
+            except MirrorError as error:
+                error.is_final &= site.base == wanted.target.registry.endpoints[0]  # another one may be anybody's
+                raise
         if failures:
             raise max(failures, key=lambda error: error.status == TooManyRequests.status)
         return None
@@ -1340,7 +1399,7 @@ class Upstream:
             whole.check(answer.host)
         if not wanted.whole:
             return answer
-        return answer._replace(start=answer.start + read_bounded(answer.response, MAX_TAGS - len(answer.start)))
+        return answer._replace(start=answer.start + read_bounded(answer.response, wanted.whole - len(answer.start)))
 
     def challenge(self, registry: Registry, trail: Trail) -> Challenge | None:
         """Return the challenge that a client has to meet, or None; ask the registry only if it is not yet known.
@@ -1856,12 +1915,69 @@ class Transfer:
         """End the transfer."""
 
 
+class Pace:
+    """Choose the `size` of a chunk by the transfer's rate: large ones save CPU, small ones keep a slow client cheap."""
+
+    def __init__(self) -> None:
+        self.size = FIRST_CHUNK
+        self._window = 0
+        self._since = time.monotonic()
+
+    def count(self, count: int) -> None:
+        """Account for bytes that came."""
+        self._window += count
+        if self._window >= WINDOW:
+            now = time.monotonic()
+            self.size = FAST_CHUNK if self._window > FAST_RATE * (now - self._since) else SLOW_CHUNK
+            self._window, self._since = 0, now
+
+
+def verified(chunks: Iterator[bytes], whole: Hash, host: str) -> Iterator[bytes]:
+    """Yield chunks, the last one only if all bytes together are right; raise BadGateway, which names the host."""
+    held = b""
+    for chunk in chunks:
+        yield held
+        whole.update(chunk)
+        held = chunk
+    whole.check(host)
+    yield held
+
+
+@contextmanager
+def reset_on_failure(client: socket.socket | None) -> Iterator[None]:
+    """Let the client's connection end with a reset where its answer fails.
+
+    A plain close would end a body without a length cleanly.
+    """
+    reset = ConnectionResetError(errno.ECONNRESET, "the answer broke off")
+    try:
+        yield
+    except MirrorError as error:
+        log.warning("%s", error)
+        reset_on_close(client)
+        raise reset from error
+    except Exception as error:
+        if not isinstance(error, OSError):  # which is the client's, who went
+            log.error("an answer failed", exc_info=error)
+        reset_on_close(client)
+        raise reset from error
+    except gevent.GreenletExit:
+        reset_on_close(client)
+        raise
+
+
+def reset_on_close(client: socket.socket | None) -> None:
+    """Let a connection end with a reset; None: a server without gevent."""
+    if client is not None:
+        with suppress(OSError):
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
+
+
 class Body:
     """Pass the bytes of an answer on as they come. Whoever has one must close it.
 
-    The size of a chunk follows the transfer's rate: large ones save CPU, small ones keep a slow client cheap. If
-    upstream breaks off for good, the client's connection is reset. With a `whole` to be hashed, the last chunk is held
-    back until all bytes together are found to be right.
+    If upstream breaks off for good, the client's connection is reset. With a `whole` to be hashed, the last chunk is
+    held back until all bytes together are found to be right.
     A class and no generator: a generator that was never started cannot close its response.
     """
 
@@ -1871,57 +1987,21 @@ class Body:
         self._client = client
         self._whole = whole
         self._watch: ClientWatch | None = None
-        self._size = FIRST_CHUNK
-        self._window = 0
-        self._since = 0.0
 
     def __iter__(self) -> Iterator[bytes]:
         if self._client is not None:
             self._watch = ClientWatch(self._client)
-        self._since = time.monotonic()
         yield b""  # sends the headers: containerd waits 30 s for them, the first chunk may take longer
-        try:
-            yield from self._chunks() if self._whole is None else self._verified(self._whole)
-        except BadGateway as error:
-            log.warning("%s", error)
-            raise self._reset() from error
-        except Exception as error:
-            if not isinstance(error, OSError):  # which is the client's, who went
-                log.error("an answer failed", exc_info=error)
-            raise self._reset() from error
-        except gevent.GreenletExit:
-            self._reset()
-            raise
+        with reset_on_failure(self._client):
+            chunks = self._chunks()
+            yield from chunks if self._whole is None else verified(chunks, self._whole, self._stream.host)
 
     def _chunks(self) -> Iterator[bytes]:
-        while chunk := self._stream.read(self._size):
-            self._window += len(chunk)
-            if self._window >= WINDOW:
-                self._pace()
+        pace = Pace()
+        while chunk := self._stream.read(pace.size):
+            pace.count(len(chunk))
             self._transfer.spend(len(chunk))
             yield chunk
-
-    def _verified(self, whole: Hash) -> Iterator[bytes]:
-        held = b""
-        for chunk in self._chunks():
-            yield held
-            whole.update(chunk)
-            held = chunk
-        whole.check(self._stream.host)
-        yield held
-
-    def _pace(self) -> None:
-        now = time.monotonic()
-        fast = self._window > FAST_RATE * (now - self._since)
-        self._size = FAST_CHUNK if fast else SLOW_CHUNK
-        self._window, self._since = 0, now
-
-    def _reset(self) -> ConnectionResetError:
-        """Let the client's connection end with a reset: a plain close would end a body without a length cleanly."""
-        if self._client is not None:
-            with suppress(OSError):
-                self._client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
-        return ConnectionResetError(errno.ECONNRESET, "the answer broke off")
 
     def close(self) -> None:
         """Close the connection to upstream, and end the transfer."""
@@ -1968,6 +2048,1015 @@ def next_page(header: str, path: str, ns: str | None) -> str | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Cache
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Which manifests a tag may stand for. Only a client that takes them all learns what the tag stands for at the registry.
+MANIFEST_TYPES = (
+    "application/vnd.oci.image.index.v1+json",
+    "application/vnd.docker.distribution.manifest.list.v2+json",
+    "application/vnd.oci.image.manifest.v1+json",
+    "application/vnd.docker.distribution.manifest.v2+json",
+)
+SIGNED = "application/vnd.docker.distribution.manifest.v1+"  # its digest is not that of its bytes
+MAX_MANIFEST = 4 << 20  # bytes, as registries take them
+LIMIT_HEADERS = ("RateLimit-Limit", "RateLimit-Remaining")
+SLOW_CHECK = 3.0  # seconds that a client with a kept tag waits for upstream
+QUIET_SECONDS = 10  # for which a registry that failed is not asked about kept tags
+FOLLOW_SECONDS = 8.0  # in which another worker's download must have begun
+POLL_SECONDS = 0.02  # between two looks at what another worker writes
+MAX_UNWRITTEN = 1 << 20  # bytes of a download that wait for the disk
+MAX_ALONE = 16  # downloads that go on without a client
+MAX_REOPENED = 3  # times that a reader looks for another source
+SENDFILE = 256 << 10  # bytes that are sent at a time
+THROTTLED = 32 << 10  # the same within a client's bandwidth
+AHEAD = 4 << 20  # bytes that are asked of a cold disk at a time
+TURN = 4 << 20  # bytes after which a transfer that never waits lets others have their turn
+DISK_ERRORS = (errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.EUCLEAN)
+IMMUTABLE = "max-age=31536000, immutable"
+WARN_STALE, WARN_FAILED = '110 - "Response is Stale"', '111 - "Revalidation Failed"'
+
+
+class Lost(Exception):
+    """Say that a source has no more bytes, though there should be; `again`: another source may have them."""
+
+    def __init__(self, again: bool = False) -> None:
+        super().__init__("a source of the cache has ended too early")
+        self.again = again
+
+
+class Threads:
+    """Run what may wait for the disk outside of the event loop."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    @cached_property
+    def _pool(self) -> ThreadPool:
+        """Return the threads, made by the worker that uses them: they cannot be forked.
+
+        All are started at once: where one cannot be started later, gevent has taken its task already.
+        """
+        pool, sleep = ThreadPool(self._count), monkey.get_original("time", "sleep")
+        gevent.wait([pool.spawn(sleep, 0.01) for _ in range(self._count)])
+        return pool
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Run a function and return what it returns, or raise what it raises."""
+        value, error = cast(tuple[Any, Exception | None], self._pool.spawn(_caught, function, arguments).get())
+        if error is not None:
+            raise error
+        return value
+
+
+def _caught(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, Exception | None]:
+    try:
+        return function(*arguments), None
+    except Exception as error:  # gevent would print it as well
+        return None, error
+
+
+class Health:
+    """Remember, for all workers, whether the cache's disk fails; each change is one line of the log."""
+
+    def __init__(self) -> None:
+        self._failing = mmap.mmap(-1, 1)  # made before the workers are forked: they share it
+
+    @property
+    def fails(self) -> bool:
+        """Tell whether the disk failed when it was last used."""
+        return self._failing[0] != 0
+
+    def failed(self, error: Exception) -> None:
+        """Note what kept something from being kept, if the disk is to blame."""
+        known = isinstance(error, OSError) and error.errno not in (errno.EMFILE, errno.ENFILE)
+        if known and not self.fails:
+            self._failing[0] = 1
+            log.error("the cache fails: %s; what it cannot keep passes through", cast(OSError, error).strerror)
+        elif not isinstance(error, (OSError, Full)):
+            log.error("the cache failed", exc_info=error)
+
+    def works(self) -> None:
+        """Note that something was kept."""
+        if self.fails:
+            self._failing[0] = 0
+            log.warning("the cache works again")
+
+
+class Source(Protocol):
+    """Give the bytes of a blob, from a file that is whole or still grows. Whoever has one must close it."""
+
+    size: int
+    label: str
+    stored: float
+
+    @property
+    def fd(self) -> int:
+        """Return the file that is read."""
+
+    @property
+    def written(self) -> int:
+        """Return how many bytes are there."""
+
+    def wait(self) -> None:
+        """Return when there may be more; raise Lost where there never will, and MirrorError where upstream failed."""
+
+    def rest(self, at: int) -> Rest | None:
+        """Return the bytes from number `at` on that are on no disk, if this source has them."""
+
+    def close(self) -> None:
+        """Let go of the source."""
+
+
+class Kept:
+    """Read a blob that is whole."""
+
+    label = "HIT"
+
+    def __init__(self, blob: Blob) -> None:
+        self.blob = blob
+        self.size = self.written = blob.size
+        self.stored = blob.stored
+
+    @property
+    def fd(self) -> int:
+        """Return the file that is read."""
+        return self.blob.fd
+
+    def wait(self) -> None:
+        """Raise Lost: somebody shortened the file."""
+        raise Lost
+
+    def rest(self, at: int) -> None:
+        """Return nothing."""
+
+    def close(self) -> None:
+        """Close the file."""
+        self.blob.close()
+
+
+class Followed:
+    """Read along what another worker downloads."""
+
+    label = "JOIN"
+
+    def __init__(self, follower: Follower) -> None:
+        self._follower = follower
+        self.size = follower.size
+        self.stored = time.time()
+
+    @property
+    def fd(self) -> int:
+        """Return the file that is read."""
+        return self._follower.fd
+
+    @property
+    def written(self) -> int:
+        """Return how many bytes are there; raise BadGateway where they were wrong."""
+        try:
+            return self._follower.written
+        except WrongDigest:
+            raise wrong_digest("upstream") from None
+
+    def wait(self) -> None:
+        """Return a little later; raise Lost where the other worker gave up."""
+        if self._follower.has_ended and self.written < self.size:
+            raise Lost(again=True)
+        gevent.sleep(POLL_SECONDS)
+
+    def rest(self, at: int) -> None:
+        """Return nothing."""
+
+    def close(self) -> None:
+        """Close the file."""
+        self._follower.close()
+
+
+class Joined:
+    """Read along what this worker downloads."""
+
+    def __init__(self, download: Download, label: str) -> None:
+        self._download = download
+        self.label = label
+        self.size = cast(int, download.size)
+        self.stored = time.time()
+        self._closed = False
+
+    @property
+    def fd(self) -> int:
+        """Return the file that is read."""
+        return self._download.fd
+
+    @property
+    def written(self) -> int:
+        """Return how many bytes are there."""
+        return self._download.written
+
+    def wait(self) -> None:
+        """Return when there may be more; raise as the download ended."""
+        self._download.wait()
+
+    def rest(self, at: int) -> Rest | None:
+        """Return what the disk did not take; the first one who has read so far gets it."""
+        return self._download.take_rest(at)
+
+    def close(self) -> None:
+        """Leave the download; a second time does nothing."""
+        if not self._closed:
+            self._closed = True
+            self._download.leave()
+
+
+class Rest:
+    """Bring the bytes from number `at` on that are on no disk: some that are here, then a stream's.
+
+    Whoever has one must close it.
+    """
+
+    def __init__(self, at: int, ready: bytes, stream: Stream) -> None:
+        self.at = at
+        self._ready = ready
+        self._stream = stream
+
+    @property
+    def host(self) -> str:
+        """Return the host that sends."""
+        return self._stream.host
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield self._ready
+        self._ready = b""
+        while chunk := self._stream.read(FIRST_CHUNK):
+            yield chunk
+
+    def close(self) -> None:
+        """Close the connection to upstream."""
+        self._stream.close()
+
+
+class Writer:
+    """Have threads hash and write what comes, while more comes. Whoever has one must end it.
+
+    `grown` is called whenever more bytes are on the disk, and where it failed.
+    """
+
+    def __init__(self, threads: Threads, partial: Partial, grown: Callable[[], None]) -> None:
+        self.failure: Exception | None = None
+        self._threads = threads
+        self._partial = partial
+        self._grown = grown
+        self._came: list[bytes] = []
+        self._taken: list[bytes] = []  # of which a thread began to write at byte number `_begun`
+        self._begun = 0
+        self._ended = False
+        self._more, self._less = Event(), Event()
+        self._greenlet = gevent.spawn(self._run)
+
+    def put(self, chunk: bytes) -> None:
+        """Take bytes; return when not too many wait for the disk."""
+        self._came.append(chunk)
+        self._more.set()
+        while sum(map(len, self._came)) >= MAX_UNWRITTEN and self.failure is None:
+            self._less.clear()
+            self._less.wait()
+
+    def end(self) -> None:
+        """Return when all that came is on the disk, or the disk failed."""
+        self._ended = True
+        self._more.set()
+        self._greenlet.join()
+
+    def unwritten(self) -> bytes:
+        """Return, after the end, what the disk did not take."""
+        return b"".join(self._taken)[self._partial.written - self._begun :] + b"".join(self._came)
+
+    def _run(self) -> None:
+        while self.failure is None and (self._came or not self._ended):
+            if not self._came:
+                self._more.clear()
+                self._more.wait()
+                continue
+            self._taken, self._came, self._begun = self._came, [], self._partial.written
+            try:
+                self._threads.run(self._partial.write, self._taken)
+                self._taken, self._begun = [], self._partial.written
+            except Exception as error:
+                self.failure = error
+            self._grown()
+            self._less.set()
+
+
+class Download:
+    """Bring one blob from upstream to the disk, for all clients of this worker that want it.
+
+    Once it is `ready`, its `size` is known; or it has ended, with an `error`, or with an answer that cannot be kept:
+    then the first who asks takes that, and passes it on.
+    """
+
+    def __init__(self, store: PullThrough, wanted: Wanted) -> None:
+        headers = kept(wanted.headers, ("Accept", "Via"))
+        self.wanted = wanted._replace(method="GET", headers=headers)
+        self.digest = cast(str, wanted.digest)
+        self.size: int | None = None
+        self.error: MirrorError | Lost | None = None
+        self.ready = Event()
+        self.label = "MISS"  # of the first client
+        self.readers = 0
+        self._store = store
+        self._partial: Partial | None = None
+        self._grown = Event()
+        self._answer: Answer | None = None
+        self._rest: Rest | None = None
+        self._stopped = False
+        self._ended = False
+
+    @property
+    def fd(self) -> int:
+        """Return the file that is read."""
+        return self._partial.fd if self._partial is not None else -1
+
+    @property
+    def written(self) -> int:
+        """Return how many bytes are on disk."""
+        return self._partial.written if self._partial is not None else 0
+
+    def join(self) -> None:
+        """Count a reader, who must leave."""
+        self.readers += 1
+        self._stopped = False
+
+    def leave(self) -> None:
+        """Count a reader that has gone; the last one may end the download, and closes what is left of it."""
+        self.readers -= 1
+        if not self.readers:
+            self._stopped = not self._store.goes_on_alone()
+            self._clear()
+
+    def take_answer(self) -> Answer | None:
+        """Return the answer that cannot be kept, to one caller."""
+        answer, self._answer = self._answer, None
+        return answer
+
+    def take_rest(self, at: int) -> Rest | None:
+        """Return what the disk did not take, to the first one who has read so far."""
+        if self._rest is None or self._rest.at != at:
+            return None
+        rest, self._rest = self._rest, None
+        return rest
+
+    def wait(self) -> None:
+        """Return when there may be more bytes; raise Lost or MirrorError where there never will."""
+        if self.error is not None:
+            raise self.error
+        if self._ended:
+            raise Lost(again=self.written != self.size)  # it was stopped, or the file was shortened
+        self._grown.wait()
+
+    def run(self) -> None:
+        """Download; nothing is raised."""
+        try:
+            self._partial = self._store.writers.run(self._store.cache.claim, self.digest)
+            if self._partial is None:  # another worker was first
+                self.error = Lost(again=True)
+            else:
+                self._bring(self._partial)
+        except MirrorError as error:
+            self.error = error
+        except Exception as error:
+            self._store.health.failed(error)
+            self.error = Lost()
+        self._show()
+        try:
+            if self._partial is not None:
+                self._save(self._partial)
+        except Exception as error:
+            self._store.health.failed(error)
+        self._ended = True
+        self._store.ended(self)
+        self._show()
+        self._clear()
+
+    def _bring(self, partial: Partial) -> None:
+        """Get all bytes onto the disk, from upstream or from what is there already."""
+        if partial.written and partial.is_whole and self._is_right(partial):
+            return
+        answer = self._ask(partial)
+        try:
+            stream = self._begun(partial, answer)
+        except BaseException:
+            answer.response.close()
+            raise
+        if stream is not None:
+            self._fill(partial, stream)
+
+    def _is_right(self, partial: Partial) -> bool:
+        try:
+            self._store.savers.run(partial.rehash)
+        except WrongDigest:
+            self._store.writers.run(partial.restart)
+            return False
+        self.size = partial.size
+        return True
+
+    def _ask(self, partial: Partial) -> Answer:
+        """Ask upstream for the rest of what is there; where that is not to be had, for all."""
+        at, size = partial.written, partial.size
+        if at and size is not None:
+            headers = {**self.wanted.headers, "Range": f"bytes={at}-"}
+            try:
+                answer = self._store.upstream.fetch(self.wanted._replace(headers=headers))
+            except (*FAILURES, Cooling):
+                raise  # what is there is for the next one to go on with
+            except MirrorError:
+                pass
+            else:
+                if can_be_kept(answer) and Span.of(answer) == Span(at, size - 1, size):
+                    return answer
+                answer.response.close()
+            self._store.writers.run(partial.restart)
+        return self._store.upstream.fetch(self.wanted)
+
+    def _begun(self, partial: Partial, answer: Answer) -> Stream | None:
+        """Make room for the blob, and return its bytes; None where they cannot be kept, and are passed on."""
+        span, at = Span.of(answer), partial.written
+        if span is None or not can_be_kept(answer) or span != Span(at, (span.total or 0) - 1, span.total):
+            self._pass_on(answer)
+            return None
+        try:
+            self._store.writers.run(partial.begin, span.total)
+        except WrongDigest:
+            raise wrong_digest(answer.host) from None
+        except (OSError, Full) as error:
+            self._store.health.failed(error)
+            if at:
+                answer.response.close()
+                answer = self._store.upstream.fetch(self.wanted)
+            self._pass_on(answer)
+            return None
+        self.size = span.total
+        self._show()
+        if at:
+            self._store.savers.run(partial.rehash)
+            log.info("went on at byte %d of %s, which an earlier download left", at, self.digest)
+        return Stream(self._store.upstream, self.wanted, answer)
+
+    def _pass_on(self, answer: Answer) -> None:
+        self._answer = answer
+        self.error = Lost()
+
+    def _fill(self, partial: Partial, stream: Stream) -> None:
+        """Read what comes, and have it written."""
+        pace, writer = Pace(), Writer(self._store.writers, partial, self._show)
+        try:
+            while not self._stopped and writer.failure is None and (chunk := stream.read(pace.size)):
+                pace.count(len(chunk))
+                writer.put(chunk)
+        except BaseException:
+            stream.close()
+            raise
+        finally:
+            writer.end()
+        if writer.failure is None or isinstance(writer.failure, WrongDigest):
+            stream.close()
+        else:
+            self._rest = Rest(partial.written, writer.unwritten(), stream)
+        if isinstance(writer.failure, WrongDigest):
+            self._store.writers.run(partial.discard)
+            raise wrong_digest(stream.host)
+        if writer.failure is not None:
+            raise writer.failure
+
+    def _show(self) -> None:
+        """Wake all that wait."""
+        if self.size is not None or self.error is not None:
+            self.ready.set()
+        grown, self._grown = self._grown, Event()
+        grown.set()
+
+    def _save(self, partial: Partial) -> None:
+        """Give the blob its name, or leave the part for another time."""
+        if self.error is None and partial.is_whole:
+            try:
+                self._store.savers.run(partial.finish)
+            except (OSError, WrongDigest) as error:
+                self._store.health.failed(error)
+            else:
+                self._store.health.works()
+                return
+        self._store.writers.run(partial.let_go)
+
+    def _clear(self) -> None:
+        """Close what nobody took, once the download has ended and the last reader has left."""
+        if self.readers or not self._ended:
+            return
+        answer, rest = self.take_answer(), self._rest
+        if answer is not None:
+            answer.response.close()
+        if rest is not None:
+            rest.close()
+        if self._partial is not None:
+            self._partial.close()
+            self._partial = self._rest = None
+
+
+def can_be_kept(answer: Answer) -> bool:
+    """Tell whether an answer holds the bytes of a blob as they are, and says how many."""
+    span = Span.of(answer)
+    return span is not None and span.total is not None and "Content-Encoding" not in answer.response.headers
+
+
+class Manifest(NamedTuple):
+    """Hold a manifest for a client; `body` is None for a HEAD. `label` is for X-Cache, `warning` for Warning."""
+
+    record: Record
+    body: bytes | None
+    label: str
+    warning: str | None = None
+    headers: Mapping[str, str] = MappingProxyType({})
+
+
+class PullThrough:
+    """Serve from the cache what was pulled once, and fill it; every way in returns None for what passes through.
+
+    Only what the mirror fetches as itself comes here.
+    """
+
+    def __init__(self, config: Config, cache: Cache, upstream: Upstream) -> None:
+        self._config = config
+        self.cache = cache
+        self.upstream = upstream
+        self.health = Health()
+        self.writers = Threads(4)
+        self.savers = Threads(2)  # for what takes long
+        self._downloads: dict[str, Download] = {}
+        self._asked: Once[Manifest] = Once()
+        self._checked: Once[Manifest] = Once()
+        self._quiet_until: dict[str, float] = {}  # by registry, in time.monotonic()
+
+    def tidy(self) -> None:
+        """Remove what is too old, and keep within the bounds."""
+        try:
+            self.savers.run(self.cache.tidy)
+        except Exception as error:
+            self.health.failed(error)
+
+    # Blobs
+
+    def blob(self, wanted: Wanted) -> Source | Answer | None:
+        """Return where a blob is read; an answer is to be passed on, since it cannot be kept.
+
+        Raises MirrorError as upstream failed. Whoever gets a source or an answer must close it.
+        """
+        digest, until = wanted.digest, time.monotonic() + FOLLOW_SECONDS
+        if digest is None or not is_digest(digest):
+            return None
+        try:
+            while time.monotonic() < until:
+                found = self._find(digest, wanted)
+                if not isinstance(found, Download):
+                    return found
+                with suppress(Lost):
+                    joined = self._join(found, wanted)
+                    if not isinstance(joined, Answer) or "Range" not in wanted.headers:
+                        return joined
+                    joined.response.close()  # it holds all of the blob
+                    return None
+                gevent.sleep(POLL_SECONDS)  # another worker asks upstream
+        except OSError as error:
+            self.health.failed(error)
+        return None
+
+    def _find(self, digest: str, wanted: Wanted) -> Source | Download:
+        blob = self.cache.open(digest)
+        if blob is not None:
+            return Kept(blob)
+        if digest not in self._downloads:
+            follower = self.cache.follow(digest)
+            if follower is not None:
+                return Followed(follower)
+            download = self._downloads[digest] = Download(self, wanted)
+            gevent.spawn(download.run)
+        return self._downloads[digest]
+
+    def _join(self, download: Download, wanted: Wanted) -> Source | Answer | None:
+        """Wait until a download has begun; None: it cannot be kept. Raises Lost where it failed, or another has it."""
+        if download.size is not None and download.error is not None:
+            raise Lost(again=True)  # it has failed those who came before
+        label, download.label = download.label, "JOIN"
+        download.join()
+        try:
+            download.ready.wait()
+            if download.size is not None:
+                download.join()
+                return Joined(download, label)
+            if isinstance(download.error, Lost) and download.error.again:
+                raise download.error
+            if isinstance(download.error, MirrorError) and download.wanted.target == wanted.target:
+                raise download.error
+            return download.take_answer()
+        finally:
+            download.leave()
+
+    def look(self, digest: str) -> Source | None:
+        """Return a blob that is here, or on its way to here; None where upstream has to be asked."""
+        try:
+            blob = self.cache.open(digest) if is_digest(digest) else None
+        except OSError as error:
+            self.health.failed(error)
+            return None
+        if blob is not None:
+            return Kept(blob)
+        download = self._downloads.get(digest)
+        if download is None or download.size is None:
+            return None
+        download.join()
+        return Joined(download, "JOIN")
+
+    def goes_on_alone(self) -> bool:
+        """Tell whether one more download may go on without a client."""
+        alone = sum(not download.readers for download in self._downloads.values())
+        return self._config.cache_finish and alone <= MAX_ALONE
+
+    def drop(self, source: Source, error: OSError) -> None:
+        """Remove a blob that the disk does not give back: the next client is to get it from upstream."""
+        self.health.failed(error)
+        if isinstance(source, Kept):
+            with suppress(OSError):
+                self.writers.run(self.cache.drop, source.blob)
+
+    def ended(self, download: Download) -> None:
+        """Forget a download."""
+        if self._downloads.get(download.digest) is download:
+            del self._downloads[download.digest]
+
+    def accelerated(self, source: Source) -> str | None:
+        """Return the path under which nginx finds a kept blob; None where nginx is not to send it."""
+        if self._config.accel is None or not isinstance(source, Kept):
+            return None
+        return self._config.accel + str(source.blob.path.relative_to(self.cache.directory))
+
+    # Manifests
+
+    def manifest(self, wanted: Wanted) -> Manifest | None:
+        """Return a manifest; raise MirrorError as upstream refuses it, or fails while there is no copy."""
+        name = Name(wanted.target.registry.name, wanted.target.repository, wanted.resource.partition("/")[2])
+        if wanted.digest is not None and not is_digest(wanted.digest):
+            return None
+        record = self._record(name)
+        copy = self._served(wanted, record) if record is not None else None
+        if record is None or copy is None:
+            return self._missed(wanted, name)
+        if not accepts(wanted.headers.get("Accept"), record.media_type):
+            return None
+        return copy if wanted.digest is not None else self._tag(wanted, name, record, copy)
+
+    def _record(self, name: Name) -> Record | None:
+        try:
+            return self.cache.record(name)
+        except OSError as error:
+            self.health.failed(error)
+            return None
+
+    def _served(self, wanted: Wanted, record: Record) -> Manifest | None:
+        """Return a manifest from the disk; None where it has gone, or is not right any more."""
+        try:
+            blob = self.cache.open(record.digest)
+            if blob is None:
+                return None
+            with closing(blob):
+                body = blob.read() if blob.size <= MAX_MANIFEST else b""
+            if digest_of(body, record.digest) == record.digest:
+                return Manifest(record._replace(size=len(body)), body, "HIT")
+            self.cache.remove(record.digest)
+        except OSError as error:
+            self.health.failed(error)
+        return None
+
+    def _tag(self, wanted: Wanted, name: Name, record: Record, copy: Manifest) -> Manifest | None:
+        """Return what a kept tag stands for: as it is while fresh, else as upstream says, or as it was."""
+        age = time.time() - record.checked
+        if 0 <= age < self._config.tag_ttl:
+            return copy
+        if age > self._config.stale:
+            return self._missed(wanted, name)
+        try:
+            return self._current(wanted, name, record, copy)
+        except Late:
+            return copy._replace(label="STALE", warning=WARN_STALE)
+        except (*FAILURES, Cooling):
+            return copy._replace(label="STALE", warning=WARN_FAILED)
+        except MirrorError as error:
+            if not error.is_final:
+                return copy._replace(label="STALE", warning=WARN_FAILED)
+            self._on_disk(self.cache.forget, name)
+            raise
+
+    def _current(self, wanted: Wanted, name: Name, record: Record, copy: Manifest) -> Manifest | None:
+        """Return what a tag stands for now; raise MirrorError."""
+        if time.monotonic() < self._quiet_until.get(name.registry, 0):
+            raise Cooling(f"{name.registry} failed a moment ago")
+        try:
+            now = self._checked.get(name, lambda: self._check(wanted, name, record), SLOW_CHECK)
+        except FAILURES:
+            self._quiet_until[name.registry] = time.monotonic() + QUIET_SECONDS
+            raise
+        if now.record.digest == record.digest:
+            return copy._replace(record=now.record)
+        return now if accepts(wanted.headers.get("Accept"), now.record.media_type) else None
+
+    def _check(self, wanted: Wanted, name: Name, record: Record) -> Manifest:
+        """Ask upstream what a tag stands for now, and bring that here if it has moved.
+
+        A HEAD costs nothing of Docker Hub's quota. Where it is refused, a GET tells more: a HEAD has no body that could
+        say whose word this is. What is new is noted only with its content: until then the old one may have to do.
+        """
+        types = dict.fromkeys((*MANIFEST_TYPES, record.media_type))
+        wanted = wanted._replace(headers={**kept(wanted.headers, ("Via",)), "Accept": ", ".join(types)})
+        now = None
+        try:
+            now = record_of(self.upstream.fetch(wanted._replace(method="HEAD")))
+        except FAILURES:
+            raise
+        except MirrorError as error:
+            log.debug("%s", error)
+        wanted = wanted._replace(method="GET")
+        if now is not None and now.digest == record.digest:
+            now = record._replace(checked=now.checked)
+        found = self._served(wanted, now) if now is not None else None
+        if now is None or found is None:
+            return self._fetched(wanted, name)
+        self._on_disk(self.cache.note, name, now)
+        return found
+
+    def _missed(self, wanted: Wanted, name: Name) -> Manifest | None:
+        """Return a manifest from upstream, and keep it."""
+        accept = wanted.headers.get("Accept", "")
+        if wanted.digest is None and not takes_all(accept):
+            return None  # the registry may choose another manifest for such a client
+        if wanted.method == "HEAD":
+            return self._seen(wanted, name)
+        return self._asked.get((*name, accept), lambda: self._fetched(wanted, name))
+
+    def _seen(self, wanted: Wanted, name: Name) -> Manifest | None:
+        """Return what upstream answers to a HEAD, and remember what the tag stands for."""
+        answer = self.upstream.fetch(wanted._replace(headers=kept(wanted.headers, ("Accept", "Via"))))
+        record = record_of(answer)
+        if record is None:
+            return None
+        if wanted.digest is None:
+            self._on_disk(self.cache.note, name, record)
+        return Manifest(record, None, "MISS", headers=kept(answer.response.headers, LIMIT_HEADERS))
+
+    def _fetched(self, wanted: Wanted, name: Name) -> Manifest:
+        headers = kept(wanted.headers, ("Accept", "Via"))
+        answer = self.upstream.fetch(wanted._replace(headers=headers, whole=MAX_MANIFEST))
+        body, shown = answer.start, answer.response.headers
+        media_type = kept(shown, ("Content-Type",)).get("Content-Type", "").partition(";")[0].strip()
+        if media_type == "text/html":
+            raise BadGateway(f"{answer.host} sent a web page in place of a manifest")
+        named = wanted.digest or shown.get("Docker-Content-Digest", "")
+        record = Record(digest_of(body, named), media_type, len(body), time.time())
+        limits = kept(shown, LIMIT_HEADERS)
+        if media_type.startswith(SIGNED):
+            return Manifest(record._replace(digest=named), body, "BYPASS", headers=limits)
+        if "Content-Encoding" in shown:
+            named = named or record.digest
+            headers = kept(shown, ("Content-Encoding", *LIMIT_HEADERS))
+            return Manifest(record._replace(digest=named), body, "BYPASS", headers=headers)
+        if is_digest(named) and named != record.digest:
+            raise wrong_digest(answer.host)
+        if not MEDIA_TYPE.fullmatch(media_type):
+            return Manifest(record, body, "BYPASS", headers=limits)
+        if self._on_disk(self._keep, name, record, body):
+            self.health.works()
+        return Manifest(record, body, "MISS", headers=limits)
+
+    def _keep(self, name: Name, record: Record, body: bytes) -> None:
+        self.cache.put(record.digest, body)
+        self.cache.note(name, record)
+        self.cache.note(name._replace(reference=record.digest), record)
+
+    def _on_disk(self, function: Callable[..., None], *arguments: Any) -> bool:
+        """Change something on the disk, and tell whether that went well; if not, the pull goes on."""
+        try:
+            self.writers.run(function, *arguments)
+        except Exception as error:
+            self.health.failed(error)
+            return False
+        return True
+
+
+def accepts(accept: str | None, media_type: str) -> bool:
+    """Tell whether a client takes a media type, by its Accept header."""
+    return parse_accept_header(accept, MIMEAccept).quality(media_type) > 0 if accept else True
+
+
+def takes_all(accept: str) -> bool:
+    """Tell whether a client names all types of manifests that registries have, as container clients do."""
+    named = {word.partition(";")[0].strip().lower() for word in accept.split(",")}
+    return named.issuperset(MANIFEST_TYPES)
+
+
+def record_of(answer: Answer) -> Record | None:
+    """Return what the headers of an answer to HEAD say; None where they do not say all."""
+    headers = answer.response.headers
+    media_type = headers.get("Content-Type", "").partition(";")[0].strip()
+    digest, length = headers.get("Docker-Content-Digest", ""), headers.get("Content-Length", "")
+    known = is_digest(digest) and MEDIA_TYPE.fullmatch(media_type) and not media_type.startswith(SIGNED)
+    return Record(digest, media_type, int(length), time.time()) if known and length.isdigit() else None
+
+
+def digest_of(content: bytes, like: str) -> str:
+    """Return the digest of content, by the algorithm of another digest, else by sha256."""
+    algorithm = like.partition(":")[0] if is_digest(like) else "sha256"
+    return f"{algorithm}:{hashlib.new(algorithm, content).hexdigest()}"
+
+
+class FileBody:
+    """Send bytes of a blob from the disk, as they get there. Whoever has one must close it.
+
+    gunicorn's socket gets them by sendfile(2): gevent's own loops over small reads. Under another server they are read.
+    """
+
+    def __init__(
+        self,
+        store: PullThrough,
+        wanted: Wanted,
+        source: Source,
+        span: Span,
+        transfer: Transfer,
+        environ: Mapping[str, Any],
+    ) -> None:
+        self._store = store
+        self._wanted = wanted
+        self._source = source
+        self._at, self._end = span.first, cast(int, span.last) + 1
+        self._transfer = transfer
+        self._client: socket.socket | None = environ.get("gunicorn.socket")
+        self._response = environ.get("gunicorn.response")
+        self._piece = THROTTLED if transfer.is_slowed else SENDFILE
+        self._is_whole = self._at == 0 and self._end == source.size
+        self._has_source = True
+        self._reopened = 0
+        self._rest: Rest | None = None  # which no disk has
+        self._ahead = self._at  # up to which the disk has been asked
+        self._turn = 0
+        self._watch: ClientWatch | None = None
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield b""  # sends the headers
+        with reset_on_failure(self._client):
+            while self._at < self._end and self._has_source:
+                try:
+                    ready = min(self._source.written, self._end)
+                    if ready > self._at:
+                        yield from self._send(ready)
+                    else:
+                        self._wait()
+                except Lost as lost:
+                    self._has_source = self._reopen(lost)
+            if self._at < self._end:
+                yield from self._other_way()
+
+    def _send(self, ready: int) -> Iterator[bytes]:
+        """Send some of what is there up to byte number `ready`."""
+        count = min(ready - self._at, self._piece)
+        self._transfer.spend(count)
+        self._warm(count)
+        if self._client is None or self._response is None or isinstance(self._client, ssl.SSLSocket):
+            chunk = os.pread(self._source.fd, count, self._at)
+            if not chunk:
+                self._source.wait()  # the file was shortened: it says why
+                return
+            self._at += len(chunk)
+            yield chunk
+            return
+        end = self._at + count
+        while self._at < end:
+            self._sendfile(self._client, end - self._at)
+
+    def _sendfile(self, client: socket.socket, count: int) -> None:
+        try:
+            sent = os.sendfile(client.fileno(), self._source.fd, self._at, count)
+        except BlockingIOError:
+            self._turn = 0
+            gevent.socket.wait_write(client.fileno())
+            return
+        except OSError as error:
+            self._blame(error)
+        if not sent:
+            self._source.wait()  # the file was shortened: it says why
+            return
+        self._at += sent
+        self._response.sent += sent  # type: ignore[union-attr] # for the access line
+        self._turn += sent
+        if self._turn >= TURN:
+            self._turn = 0
+            gevent.sleep()
+
+    def _blame(self, error: OSError) -> NoReturn:
+        """Raise Lost for an error of the disk, else the error: it is the client's."""
+        if error.errno not in DISK_ERRORS:
+            raise error
+        self._store.drop(self._source, error)
+        raise Lost from error
+
+    def _warm(self, count: int) -> None:
+        """See that the next bytes are in memory: sendfile would wait for the disk, and all other clients with it."""
+        if self._at + count <= self._ahead:
+            return
+        self._ahead = min(self._at + AHEAD, self._end, self._source.written)
+        try:
+            os.preadv(self._source.fd, [bytearray(1)], self._ahead - 1, os.RWF_NOWAIT)
+        except BlockingIOError:
+            try:
+                self._store.writers.run(read_through, self._source.fd, self._at, self._ahead)
+            except OSError as error:
+                self._blame(error)
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:  # of a file system that cannot tell, such as tmpfs
+                self._blame(error)
+
+    def _wait(self) -> None:
+        """Wait for more bytes, or until the client leaves."""
+        if self._watch is None and self._client is not None:
+            self._watch = ClientWatch(self._client)
+        self._source.wait()
+
+    def _reopen(self, lost: Lost) -> bool:
+        """Take another source in place of one that was lost; tell whether there is one."""
+        self._reopened += 1
+        if not lost.again or self._reopened > MAX_REOPENED:
+            return False
+        found = self._store.blob(self._wanted)
+        if isinstance(found, Answer):
+            found.response.close()
+            return False
+        if found is None or found.size != self._source.size:
+            if found is not None:
+                found.close()
+            return False
+        self._source.close()
+        self._source = found
+        return True
+
+    def _other_way(self) -> Iterator[bytes]:
+        """Yield all that is left, which the cache does not have: for a whole blob, hashed with what was sent."""
+        self._rest = self._source.rest(self._at) or self._from_upstream()
+        chunks = iter(self._rest)
+        if self._is_whole:
+            whole = Hash(cast(str, self._wanted.digest))
+            self._store.savers.run(hash_file, whole, self._source.fd, self._at)
+            chunks = verified(chunks, whole, self._rest.host)
+        for chunk in chunks:
+            chunk = chunk[: self._end - self._at]
+            self._transfer.spend(len(chunk))
+            self._at += len(chunk)
+            yield chunk
+            if self._at == self._end and not self._is_whole:
+                return
+        if self._at < self._end:
+            raise BadGateway(f"{self._rest.host} ended too early")
+
+    def _from_upstream(self) -> Rest:
+        """Return the rest from upstream, for this client alone; raise MirrorError."""
+        headers = kept(self._wanted.headers, ("Accept", "Via")) | {"Range": f"bytes={self._at}-{self._end - 1}"}
+        wanted = self._wanted._replace(method="GET", headers=headers, trail=Trail())
+        answer = self._store.upstream.fetch(wanted)
+        span = Span.of(answer)
+        skipped = self._at - span.first if span is not None and span.total == self._source.size else -1
+        if not can_be_kept(answer) or not 0 <= skipped <= MAX_SKIPPED:
+            answer.response.close()
+            raise BadGateway(f"{answer.host} does not send the rest")
+        stream, ready = Stream(self._store.upstream, wanted, answer), b""
+        while skipped >= len(ready):
+            skipped -= len(ready)
+            ready = stream.read(FIRST_CHUNK)
+            if not ready:
+                stream.close()
+                raise BadGateway(f"{answer.host} ended too early")
+        return Rest(self._at, ready[skipped:], stream)
+
+    def close(self) -> None:
+        """Let go of the source, and end the transfer."""
+        if self._watch is not None:
+            self._watch.stop()
+        try:
+            if self._rest is not None:
+                self._rest.close()
+            self._source.close()
+        finally:
+            self._transfer.close()
+
+
+def read_through(fd: int, at: int, end: int) -> None:
+    """Read bytes of a file, so that they are in memory; let the disk go on reading."""
+    os.posix_fadvise(fd, end, AHEAD, os.POSIX_FADV_WILLNEED)
+    while at < end and (count := len(os.pread(fd, min(SENDFILE, end - at), at))):
+        at += count
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Access
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -1995,7 +3084,7 @@ CORS = {
     "Access-Control-Allow-Origin": "*",
     "Access-Control-Expose-Headers": "Accept-Ranges, Content-Length, Content-Range, Docker-Content-Digest, "
     "Docker-Distribution-Api-Version, ETag, Link, RateLimit-Limit, RateLimit-Remaining, Retry-After, Warning, "
-    "WWW-Authenticate",
+    "WWW-Authenticate, X-Cache, Age",
 }
 
 
@@ -2469,6 +3558,8 @@ class Views:
         self._upstream = Upstream(config, registries)
         self._gate = Gate(config, registries)
         self._users = Users(load_users(config))
+        self._store = pull_through(config, self._upstream)
+        self._is_private = bool(self._users or config.allow_clients or config.deny_clients)
 
     def routes(self) -> list[tuple[str, Callable[..., Response], list[str]]]:
         """Return rule, view and methods of each route."""
@@ -2490,13 +3581,20 @@ class Views:
         """Close the connections to upstream that no request uses."""
         self._upstream.close_idle()
 
+    def tidy(self) -> None:
+        """Keep the cache within its bounds; it is for a greenlet that does so now and then."""
+        if self._store is not None:
+            self._store.tidy()
+
     def admit_client(self) -> None:
         """Refuse clients that may not pull, whatever they ask for; the health check is for everyone."""
         if request.path != "/healthz":
             self._gate.admit_client(client_address(), request.headers.get("User-Agent", ""))
 
     def healthz(self) -> Response:
-        """Tell that the process is alive; upstream is not asked."""
+        """Tell that the process is alive, and whether its cache's disk works; upstream is not asked."""
+        if self._store is not None and self._store.health.fails:
+            return json_response({"status": "degraded", "cache": "its disk is full or fails: the log says more"})
         return json_response({"status": "ok"})
 
     def ping(self) -> Response:
@@ -2505,13 +3603,22 @@ class Views:
         g.target = Target(registry, "")
         self._admit_user(None)
         if self._config.login and not request.headers.get("Authorization"):
-            challenge = self._upstream.challenge(registry, trail())
+            challenge = self._challenge(registry)
             if challenge is not None:
                 raise Unauthorized("a token is needed, even for public images", challenge)
         own = self._own_authorization()
         if own is not None:
             self._upstream.admit(registry, own, trail())
         return json_response({})
+
+    def _challenge(self, registry: Registry) -> Challenge | None:
+        """Return the challenge of a registry; where that fails, one with which a client can pull what is kept."""
+        try:
+            return self._upstream.challenge(registry, trail())
+        except FAILURES:
+            if self._store is None:
+                raise
+            return Challenge("", {})
 
     def catalog(self) -> Response:
         """Refuse the list of all repositories: Docker Hub has none either."""
@@ -2522,15 +3629,83 @@ class Views:
         wanted = self._wanted(name, f"manifests/{check_reference(reference)}", ManifestUnknown)
         if request.method == "GET":
             self._gate.count_pull(client_address())
+        if self._store is not None and wanted.authorization is None:
+            with watched(client_socket()):
+                found = self._store.manifest(wanted)
+            if found is not None:
+                return self._show_manifest(wanted, found)
         return self._pass_on(wanted)
 
     def blob(self, name: str, digest: str) -> Response:
-        """Pass a blob on."""
-        return self._pass_on(self._wanted(name, f"blobs/{check_digest(digest)}", BlobUnknown))
+        """Pass a blob on, or send what is kept."""
+        wanted = self._wanted(name, f"blobs/{check_digest(digest)}", BlobUnknown)
+        if self._store is None or wanted.authorization is not None:
+            return self._pass_on(wanted)
+        with ExitStack() as failed:
+            transfer = self._gate.transfer(client_address()) if wanted.method == "GET" else Transfer()
+            failed.callback(transfer.close)
+            with watched(client_socket()):
+                found = self._store.blob(wanted) if wanted.method == "GET" else self._store.look(digest)
+            if found is None or isinstance(found, Answer):
+                response = self._relay(wanted, found, transfer)
+            else:
+                failed.callback(found.close)
+                response = self._show_blob(self._store, wanted, found, transfer)
+            failed.pop_all()
+            return response
+
+    def _show_blob(self, store: PullThrough, wanted: Wanted, source: Source, transfer: Transfer) -> Response:
+        """Return the response that sends a blob from the cache, or the part of it that is asked for."""
+        headers = {"Content-Type": "application/octet-stream", "Age": age(source.stored), "X-Cache": source.label}
+        response = self._kept_response(wanted, cast(str, wanted.digest), source.size, headers)
+        path = store.accelerated(source) if not transfer.is_slowed else None
+        if wanted.method == "GET" and path is not None and response.status_code in (200, 206):
+            response = Relayed(b"", 200, [*response.headers])  # nginx looks after Range itself
+            response.headers.update({"X-Accel-Redirect": path, "Content-Length": "0"})
+            del response.headers["Accept-Ranges"]  # nginx adds its own
+        elif wanted.method == "GET" and response.status_code in (200, 206):
+            part = response.content_range
+            span = Span(part.start or 0, (part.stop or source.size) - 1, source.size)
+            response.response = FileBody(store, wanted, source, span, transfer, request.environ)
+            return response
+        source.close()
+        transfer.close()
+        return response
+
+    def _show_manifest(self, wanted: Wanted, found: Manifest) -> Response:
+        """Return the response that sends a manifest of the cache, or one that was just kept."""
+        record = found.record
+        more = {"Warning": found.warning, "X-Cache": found.label, "Age": age(record.checked)}
+        more["Content-Type"] = record.media_type or None
+        headers = {**found.headers, **{name: value for name, value in more.items() if value is not None}}
+        response = self._kept_response(wanted, record.digest, record.size, headers)
+        if wanted.method == "GET" and response.status_code in (200, 206):
+            part = response.content_range
+            response.response = [(found.body or b"")[part.start : part.stop]]
+        return response
+
+    def _kept_response(self, wanted: Wanted, digest: str, size: int, headers: Mapping[str, str]) -> Response:
+        """Return a response without its body: 200, 206 or 304; raise RangeInvalid."""
+        whole = {"Content-Length": str(size)}
+        if digest:  # that of a signed manifest may not be told
+            whole |= {"Docker-Content-Digest": digest, "ETag": f'"{digest}"'}
+        if wanted.digest is not None:
+            whole["Cache-Control"] = f"{'private' if self._is_private else 'public'}, {IMMUTABLE}"
+        response = Relayed((), 200, {**headers, **whole, "Accept-Ranges": "bytes"}, direct_passthrough=True)
+        whole_environ = {name: value for name, value in request.environ.items() if name != "HTTP_RANGE"}
+        response.make_conditional(whole_environ, accept_ranges=True, complete_length=size)
+        if response.status_code == 412:
+            raise Refused(412, "the precondition fails: this is something else", {}, None)
+        if response.status_code == 200 and wanted.method == "GET" and is_one_range(wanted.headers, size):
+            try:
+                response.make_conditional(request.environ, accept_ranges=True, complete_length=size)
+            except RequestedRangeNotSatisfiable:
+                raise RangeInvalid("the range lies outside the blob", {"Content-Range": f"bytes */{size}"}) from None
+        return response
 
     def tags(self, name: str) -> Response:
         """Pass a list of tags on, a page at a time, under the name by which the client asked."""
-        answer = self._fetch(self._wanted(name, "tags/list", NotFound, ("n", "last"), request.method == "GET"))
+        answer = self._fetch(self._wanted(name, "tags/list", NotFound, ("n", "last"), whole=MAX_TAGS))
         body = answer.start if name == g.target.repository else renamed(answer.start, name)
         headers = kept(answer.response.headers, TAGS_HEADERS)
         if request.method == "GET":
@@ -2642,7 +3817,7 @@ class Views:
         resource: str,
         missing: type[NotFound],
         arguments: tuple[str, ...] = (),
-        whole: bool = False,
+        whole: int = 0,
     ) -> Wanted:
         """Return what this request wants of upstream, `arguments` of its query among it."""
         ns = request.args.get("ns") or None
@@ -2658,6 +3833,7 @@ class Views:
         self._gate.admit_image(target, resource.partition("/")[2] if missing is not NotFound else "")
         query = {key: request.args[key] for key in arguments if key in request.args}
         headers = kept(request.headers, REQUEST_HEADERS)
+        whole = whole if request.method == "GET" else 0
         if whole or parse_range_header(headers.get("Range")) is None:
             headers.pop("Range", None)  # RFC 9110, 14.2: one that makes no sense is ignored
         own, verify = self._own_authorization(), self._config.verify
@@ -2669,12 +3845,18 @@ class Views:
 
     def _pass_on(self, wanted: Wanted) -> Response:
         is_transfer = wanted.method == "GET" and wanted.missing is BlobUnknown
+        return self._relay(wanted, None, self._gate.transfer(client_address()) if is_transfer else Transfer())
+
+    def _relay(self, wanted: Wanted, answer: Answer | None, transfer: Transfer) -> Response:
+        """Return the response that passes upstream's answer on; it is fetched where there is none yet."""
         with ExitStack() as failed:
-            transfer = self._gate.transfer(client_address()) if is_transfer else Transfer()
             failed.callback(transfer.close)
-            answer = self._fetch(wanted)
+            if answer is None:
+                answer = self._fetch(wanted)
             failed.callback(answer.response.close)
             response = self._linked(relay(self._upstream, wanted, answer, transfer, client_socket()), answer)
+            if self._store is not None:
+                response.headers["X-Cache"] = "BYPASS"
             failed.pop_all()
             return response
 
@@ -2718,6 +3900,35 @@ class Views:
         """Return the URL by which clients know the mirror, its secret path included."""
         scheme = "https" if request.scheme == "https" else "http"
         return (self._config.public_url or f"{scheme}://{request.host}") + self._config.path_prefix
+
+
+def pull_through(config: Config, upstream: Upstream) -> PullThrough | None:
+    """Return the cache that the settings ask for; raise ConfigError where its folder is none."""
+    if config.cache_dir is None:
+        return None
+    folder = Path(config.cache_dir)
+    limits = Limits(config.cache_size, config.cache_min_free, config.cache_max_age)
+    store = PullThrough(config, Cache(folder, limits), upstream)
+    try:
+        folder.mkdir(FOLDER_MODE, parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise ConfigError(f"MIRROR_CACHE_DIR: {folder}: {error.strerror}") from None
+    except OSError as error:  # the disk may come back
+        store.health.failed(error)
+    return store
+
+
+def is_one_range(headers: Mapping[str, str], size: int) -> bool:
+    """Tell whether a request asks for one part of so many bytes, and not for all. Source: RFC 9110, 13.1.5 and 14."""
+    asked = parse_range_header(headers.get("Range"))
+    if asked is None or asked.units != "bytes" or len(asked.ranges) > 1 or headers.get("If-Range", "").startswith("W/"):
+        return False
+    return -asked.ranges[0][0] < size
+
+
+def age(since: float) -> str:
+    """Return how many seconds ago a time, in time.time(), was."""
+    return str(max(0, int(time.time() - since)))
 
 
 def with_scopes(arguments: dict[str, list[str]], change: Callable[[str], str]) -> dict[str, list[str]]:

@@ -138,12 +138,28 @@ def _parse_network(word: str) -> Network:
 LOOPBACK = parse_networks("127.0.0.0/8, ::1")
 
 
-def parse_size(text: str) -> int:
+class Size(int):
+    """Hold a number of bytes, and show it with K, M, G or T for powers of 1024."""
+
+    def __str__(self) -> str:
+        power = max(power for power in range(5) if not self % (1 << 10 * power))
+        return f"{int(self) >> 10 * power}{' KMGT'[power].strip()}" if self else "0"
+
+
+def parse_size(text: str) -> Size:
     """Return a number of bytes, written with K, M, G or T for powers of 1024; raise ValueError where it is none."""
-    found = re.fullmatch(r"([0-9]{1,15})([KMGT]?)(I?B)?", text.strip().upper())
-    if not found or not int(found[1]):
+    size = parse_free(text)
+    if not size:
         raise ValueError(f"{text!r} is no size such as 500K, 10M or 1G")
-    return int(found[1]) << 10 * " KMGT".index(found[2] or " ")
+    return size
+
+
+def parse_free(text: str) -> Size:
+    """Return a size that may be 0; raise ValueError where it is none."""
+    found = re.fullmatch(r"([0-9]{1,15})([KMGT]?)(I?B)?", text.strip().upper())
+    if not found:
+        raise ValueError(f"{text!r} is no size such as 500K, 10M or 1G")
+    return Size(int(found[1]) << 10 * " KMGT".index(found[2] or " "))
 
 
 class Rate(NamedTuple):
@@ -160,6 +176,27 @@ class Rate(NamedTuple):
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}  # seconds
 
 
+class Duration(int):
+    """Hold a number of seconds, and show it with s, m, h or d."""
+
+    def __str__(self) -> str:
+        unit = max((unit for unit in UNITS if not self % UNITS[unit]), key=lambda unit: UNITS[unit])
+        return f"{int(self) // UNITS[unit]}{unit}" if self else "0"
+
+
+def parse_duration(text: str) -> Duration:
+    """Return a time such as ``90``, ``60s`` or ``30d`` in seconds; raise ValueError where it is none."""
+    found = re.fullmatch(r"([0-9]{1,9})([smhd]?)", text.replace(" ", "").lower())
+    if not found:
+        raise ValueError(f"{text!r} is no time such as 60s, 10m, 6h or 30d")
+    return Duration(int(found[1]) * UNITS[found[2] or "s"])
+
+
+def parse_age(text: str) -> Duration | None:
+    """Return a time, or None for ``off``; raise ValueError where it is neither."""
+    return None if text.lower() == "off" else parse_duration(text)
+
+
 def parse_rate(text: str) -> Rate:
     """Return a rate such as ``100/6h`` or ``20/m``; raise ValueError where it is none."""
     found = re.fullmatch(r"([0-9]{1,9})/([0-9]{0,5})([smhd])", text.replace(" ", ""))
@@ -172,6 +209,20 @@ def parse_store(text: str) -> str:
     """Return the URL of a store that several processes share; raise ValueError where it is none."""
     if not re.fullmatch(r"(rediss?://([^\s/?#]*@)?[^\s/?#@]+|redis\+unix://([^\s/?#]*@)?/[^\s?#@]+)(/[0-9]*)?", text):
         raise ValueError("must be a URL such as redis://:password@127.0.0.1:6379/0; quote / ? # in the password")
+    return text
+
+
+def parse_folder(text: str) -> str:
+    """Return the path of a folder, from the root; raise ValueError where it is none."""
+    if not text.startswith("/") or "\0" in text:
+        raise ValueError("must be a path from the root, such as /var/cache/docker-mirror")
+    return text.rstrip("/") or "/"
+
+
+def parse_location(text: str) -> str:
+    """Return the path of an nginx location that ends with a slash; raise ValueError where it is none."""
+    if not re.fullmatch(r"/([A-Za-z0-9._~-]+/)+", text):
+        raise ValueError("must be the path of an internal location, such as /protected/")
     return text
 
 
@@ -263,6 +314,36 @@ class Config:
         "on: what is named by a digest is hashed as it passes, and never ends well with a wrong byte; "
         "clients do so themselves.",
     )
+    cache_dir: str | None = setting(
+        None, parse_folder, "Folder in which what was pulled is kept for everyone. Unset: nothing is kept."
+    )
+    cache_size: Size = setting(
+        Size(10 << 30), parse_size, "Bytes that the cache may take; what was not used for longest goes first."
+    )
+    cache_min_free: Size = setting(
+        Size(1 << 30), parse_free, "Bytes that the cache leaves free on its disk, whoever fills it."
+    )
+    cache_max_age: Duration | None = setting(
+        None, parse_age, "Time without use after which something goes, such as `90d`; off: never."
+    )
+    cache_finish: bool = setting(
+        True,
+        switch,
+        "on: a download into the cache goes on when its last client leaves. off: it stops, and is resumed.",
+    )
+    accel: str | None = setting(
+        None,
+        parse_location,
+        "nginx's internal location of the cache's folder, such as `/protected/`: nginx then sends what is kept.",
+    )
+    tag_ttl: Duration = setting(
+        Duration(60), parse_duration, "Time for which a kept tag is served without asking upstream whether it moved."
+    )
+    stale: Duration = setting(
+        Duration(30 * 86400),
+        parse_duration,
+        "Time since then for which a kept tag is served while upstream is down, slow or limiting.",
+    )
     ipv4_only: bool = setting(False, switch, "on: upstream is never reached by IPv6, for hosts where that is broken.")
     log_level: str = setting(
         "info",
@@ -308,9 +389,15 @@ class Config:
             values["login"] = False
         if "pull_rate_store" in values and "pull_rate" not in values:
             raise ConfigError(f"{PREFIX}PULL_RATE_STORE: counts nothing without {PREFIX}PULL_RATE")
+        for name in OF_THE_CACHE:
+            if "cache_dir" not in values and values.get(name, getattr(cls, name)) != getattr(cls, name):
+                raise ConfigError(f"{PREFIX}{name.upper()}: there is no cache without {PREFIX}CACHE_DIR")
         if "terminators" in values and values.get("proxies") == 0:
             raise ConfigError(f"{PREFIX}TERMINATORS: {PREFIX}PROXIES=0 says that there are none")
         return cls(**values)
+
+
+OF_THE_CACHE = ("cache_size", "cache_min_free", "cache_max_age", "cache_finish", "accel", "tag_ttl", "stale")
 
 
 def variable(item: Field[Any]) -> str:

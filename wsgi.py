@@ -48,13 +48,27 @@ HEAD_SECONDS = 20  # until a request is there whole: after the connection, or af
 SEND_SECONDS = 300  # that a client may take no byte of its answer
 MAX_HEADERS = 16 << 10  # bytes of all headers of a request
 AT_ONCE = 32  # idle clients that have to go where no descriptor is left
-OWN_FILES = 64  # descriptors besides the two for each client
+OWN_FILES = 64  # descriptors besides those of each client: its own, upstream's, and a file of the cache
 SEND_BUFFER = 128 << 10 if os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 1 << 30 else 256 << 10  # bytes
 TRIM_EVERY = 30  # seconds
+TIDY_EVERY = 3600  # seconds
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
 _settings = Config.from_environ(os.environ)
 app = create_app(_settings)
+
+
+def counting(application: Any) -> Any:
+    """Let the application count what it sends past gunicorn, into gunicorn's response: the access line shows it."""
+
+    def call(environ: Any, start_response: Any) -> Any:
+        environ["gunicorn.response"] = start_response.__self__
+        return application(environ, start_response)
+
+    return call
+
+
+app.wsgi_app = counting(app.wsgi_app)  # type: ignore[method-assign]
 
 logging.basicConfig(
     stream=sys.stdout,
@@ -126,7 +140,7 @@ class Worker(GeventWorker):
         # Until when each client has to send a request, the one that waits longest first.
         self.waiting: dict[Any, float] = {}
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        clients = max(1, (files - OWN_FILES) // 2)
+        clients = max(1, (files - OWN_FILES) // (2 if _settings.cache_dir is None else 3))
         if clients < self.worker_connections:
             self.log.warning("%d clients at once and no more: only %d files may be open", clients, files)
             self.worker_connections = clients
@@ -250,6 +264,8 @@ loglevel = _settings.log_level
 accesslog = "-" if _settings.log_level in ("debug", "info") else None
 # client, time, request, status, body bytes, seconds, hosts asked (a>b: a redirected to b; a,b: b was asked after a)
 access_log_format = '%({mirror.client}e)s %(t)s "%(m)s %({mirror.path}e)s" %(s)s %(B)s %(L)s %({mirror.upstream}e)s'
+if _settings.cache_dir is not None:
+    access_log_format += " %({x-cache}o)s"
 limit_request_line = 8190  # bytes; nginx takes as many
 # X-Forwarded-* is ProxyFix's alone (MIRROR_PROXIES), and nobody sets SCRIPT_NAME by a header.
 forwarded_allow_ips = ""
@@ -305,13 +321,21 @@ def pre_exec(server: Any) -> None:
 
 
 def post_worker_init(worker: Any) -> None:
-    """Serve: take over from the process before this one, and start the greenlet that gives memory back.
+    """Serve: take over from the process before this one, and start the greenlets that look after memory and cache.
 
     A worker ends with its master, even by SIGKILL: systemd starts the next one when no process is left.
     """
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     take_over(worker)
     gevent.spawn(trim_when_idle, worker)
+    gevent.spawn(tidy_now_and_then)
+
+
+def tidy_now_and_then() -> None:
+    """Look after the cache, if there is one."""
+    while True:
+        app.extensions["docker-mirror"].tidy()
+        gevent.sleep(TIDY_EVERY)
 
 
 def take_over(worker: Any) -> None:

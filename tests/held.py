@@ -27,7 +27,12 @@ class State(NamedTuple):
 def state_of(mirror: Mirror) -> State:
     """Read the mirror's state from /proc."""
     (worker,) = mirror.pids()[1:]
-    return State(mirror.pss(), len(list(Path(f"/proc/{worker}/fd").iterdir())), connections(worker, mirror.port))
+    return State(mirror.pss(), descriptors(worker), connections(worker, mirror.port))
+
+
+def descriptors(pid: int) -> int:
+    """Count what a process has open."""
+    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
 
 
 def connections(pid: int, served: int) -> Counter[str]:
@@ -65,15 +70,20 @@ class Census(NamedTuple):
     blocks: int
 
 
-def countable(folder: Path, **settings: Any) -> Mirror:
-    """Return a mirror with one worker, of which a census can be taken by means of a file in this folder."""
+def countable(folder: Path, *options: str, **settings: Any) -> Mirror:
+    """Return a mirror of whose workers a census can be taken by means of a file in this folder."""
     config = Path(__file__).with_name("census.py")
-    return Mirror("-c", f"file:{config}", env={"CENSUS_FOLDER": str(folder)}, covered=False, **settings)
+    return Mirror("-c", f"file:{config}", *options, env={"CENSUS_FOLDER": str(folder)}, covered=False, **settings)
 
 
 def census(mirror: Mirror, folder: Path) -> Census:
-    """Let the worker of a countable mirror collect its garbage, and count."""
+    """Let the one worker of a countable mirror collect its garbage, and count."""
     (worker,) = mirror.pids()[1:]
+    return census_of(worker, folder)
+
+
+def census_of(worker: int, folder: Path) -> Census:
+    """Let one of its workers collect its garbage, and count."""
     counted = folder / str(worker)
     counted.unlink(missing_ok=True)
     os.kill(worker, signal.SIGRTMIN)

@@ -118,10 +118,10 @@ class Premises:
         config = REGISTRY_CONFIG + more
         return DockerRegistry(self._server(name, host, config, storage=storage, **values), self._stack)
 
-    def nginx(self, name: str, host: str, rules: str, **values: object) -> "Nginx":
-        """Start an nginx with these rules in its server's block; it is not awaited."""
+    def nginx(self, name: str, host: str, rules: str, user: str = "", **values: object) -> "Nginx":
+        """Start an nginx with these rules in its server's block, and as a certain user; it is not awaited."""
         # Started by root, nginx's worker would be another user, who cannot read a temporary directory.
-        user = "user root root;" if os.geteuid() == 0 else ""
+        user = f"user {user or 'root root'};" if os.geteuid() == 0 else ""
         config = NGINX_CONFIG.replace("@RULES@", rules)
         return Nginx(self._server(name, host, config, user=user, **values), self._stack)
 

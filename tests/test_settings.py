@@ -16,7 +16,9 @@ from processes import clean_environment
 import cli
 from settings import Config
 from settings import ConfigError
+from settings import Duration
 from settings import Registry
+from settings import Size
 from settings import load_registries
 from settings import variable
 
@@ -83,6 +85,81 @@ def test_rules_of_access_are_read() -> None:
     assert config.client_bandwidth == 5 << 20
 
 
+def test_the_settings_of_the_cache_are_read() -> None:
+    environ = {
+        "MIRROR_CACHE_DIR": "/var/cache/docker-mirror/",
+        "MIRROR_CACHE_SIZE": "20g",
+        "MIRROR_CACHE_MIN_FREE": "0",
+        "MIRROR_CACHE_MAX_AGE": "90d",
+        "MIRROR_CACHE_FINISH": "off",
+        "MIRROR_ACCEL": "/protected/",
+        "MIRROR_TAG_TTL": "5 m",
+        "MIRROR_STALE": "0",
+    }
+    expected = Config(
+        cache_dir="/var/cache/docker-mirror",
+        cache_size=Size(20 << 30),
+        cache_min_free=Size(0),
+        cache_max_age=Duration(90 * 86400),
+        cache_finish=False,
+        accel="/protected/",
+        tag_ttl=Duration(300),
+        stale=Duration(0),
+    )
+    assert Config.from_environ(environ) == expected
+    off = {"MIRROR_CACHE_DIR": "/", "MIRROR_CACHE_MAX_AGE": "OFF"}
+    assert Config.from_environ(off) == Config(cache_dir="/", cache_max_age=None)
+
+
+@pytest.mark.parametrize(
+    ("text", "size", "shown"),
+    [
+        ("1", 1, "1"),
+        ("1023", 1023, "1023"),
+        ("2048", 2048, "2K"),
+        ("1536k", 1536 << 10, "1536K"),
+        ("1024K", 1 << 20, "1M"),
+        ("10G", 10 << 30, "10G"),
+        ("10GB", 10 << 30, "10G"),
+        ("3TiB", 3 << 40, "3T"),
+        ("4096T", 1 << 52, "4096T"),
+    ],
+)
+def test_a_size_is_read_and_shown_with_its_unit(text: str, size: int, shown: str) -> None:
+    found = Config.from_environ({"MIRROR_CACHE_DIR": "/c", "MIRROR_CACHE_SIZE": text}).cache_size
+    assert (found, str(found)) == (size, shown)
+
+
+def test_no_size_is_shown_as_0() -> None:
+    assert str(Size(0)) == "0"
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds", "shown"),
+    [
+        ("90", 90, "90s"),
+        ("60s", 60, "1m"),
+        ("10m", 600, "10m"),
+        ("6H", 21600, "6h"),
+        ("48h", 172800, "2d"),
+        ("0", 0, "0"),
+    ],
+)
+def test_a_time_is_read_and_shown_with_its_unit(text: str, seconds: int, shown: str) -> None:
+    found = Config.from_environ({"MIRROR_CACHE_DIR": "/c", "MIRROR_TAG_TTL": text}).tag_ttl
+    assert (found, str(found)) == (seconds, shown)
+
+
+@pytest.mark.parametrize(
+    "name", ["CACHE_SIZE", "CACHE_MIN_FREE", "CACHE_MAX_AGE", "CACHE_FINISH", "ACCEL", "TAG_TTL", "STALE"]
+)
+def test_a_setting_of_the_cache_without_a_cache_is_refused(name: str) -> None:
+    value = {"CACHE_FINISH": "off", "ACCEL": "/x/"}.get(name, "5")
+    with pytest.raises(ConfigError) as raised:
+        Config.from_environ({f"MIRROR_{name}": value})
+    assert str(raised.value) == f"MIRROR_{name}: there is no cache without MIRROR_CACHE_DIR"
+
+
 def test_terminators_without_a_proxy_contradict_each_other() -> None:
     with pytest.raises(ConfigError, match=r"^MIRROR_TERMINATORS: "):
         Config.from_environ({"MIRROR_PROXIES": "0", "MIRROR_TERMINATORS": "127.0.0.1"})
@@ -116,6 +193,17 @@ def test_a_proxy_in_lower_case_goes_before_one_in_capitals() -> None:
         ("MIRROR_TRANSFERS", "0", "0 is not between 1"),
         ("MIRROR_CLIENT_BANDWIDTH", "0", "'0' is no size such as"),
         ("MIRROR_CLIENT_BANDWIDTH", "5X", "'5X' is no size such as"),
+        ("MIRROR_CACHE_DIR", "cache", "must be a path from the root"),
+        ("MIRROR_CACHE_SIZE", "0", "'0' is no size such as"),
+        ("MIRROR_CACHE_SIZE", "-1", "'-1' is no size such as"),
+        ("MIRROR_CACHE_SIZE", "1.5G", "'1.5G' is no size such as"),
+        ("MIRROR_CACHE_MIN_FREE", "x", "'x' is no size such as"),
+        ("MIRROR_CACHE_MAX_AGE", "never", "'never' is no time such as"),
+        ("MIRROR_CACHE_FINISH", "1", "'1' is not one of: on, off"),
+        ("MIRROR_TAG_TTL", "1w", "'1w' is no time such as"),
+        ("MIRROR_STALE", "-5", "'-5' is no time such as"),
+        ("MIRROR_ACCEL", "/protected", "must be the path of an internal location"),
+        ("MIRROR_ACCEL", "/", "must be the path of an internal location"),
         ("MIRROR_IDLE_TIMEOUT", "nan", "nan is not between"),
         ("MIRROR_IDLE_TIMEOUT", "0", "0 is not between"),
         ("MIRROR_IDLE_TIMEOUT", "1m", "'1m' is not a number"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import ssl
+from urllib.parse import urlsplit
 
 import trustme
 from parts import fill
@@ -134,7 +135,7 @@ class Documented(Terminator):
         assert block.count(old) == 1 or not old
         block = block.replace(old, new) if old else block
         assert UPSTREAM in block
-        block = block.replace(UPSTREAM, self._mirror.host)
+        block = block.replace(UPSTREAM, urlsplit(self._mirror.url).netloc)
         block = re.sub(r"^ *listen \[::\]:443 .*\n", "", block, flags=re.M)  # this host may have no IPv6
         block = re.sub(r"/etc/\S*mirror\.example\S*\.pem", str(self.folder / "certificate.pem"), block)
         block = block.replace("*:443>", f"{self.host}>").replace("listen 443 ", f"listen {self.host} ")

@@ -16,6 +16,7 @@ import struct
 import threading
 from collections.abc import Callable
 from collections.abc import Mapping
+from contextlib import suppress
 from http import HTTPStatus
 from types import TracebackType
 from typing import NamedTuple
@@ -86,6 +87,8 @@ class RawUpstream:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.ending.set()
+        with suppress(OSError):  # it was closed before
+            self._listener.shutdown(socket.SHUT_RDWR)  # accept() would wait for one more client
         self._listener.close()
 
     def asked(self, path: str = "") -> list[Request]:
