@@ -11,6 +11,7 @@ from dataclasses import fields
 
 import click
 
+import keeping
 from check import IMAGE
 from check import run
 from mirror import __version__
@@ -26,6 +27,9 @@ from settings import variable
 @click.version_option(__version__, prog_name="docker-mirror")
 def main() -> None:
     """Look after a docker-mirror."""
+
+
+main.add_command(keeping.commands)
 
 
 @main.command()
@@ -89,3 +93,7 @@ def shown(value: object) -> str:
     if isinstance(value, tuple) and not isinstance(value, Rate):
         return ",".join(map(str, value))
     return "" if value is None else re.sub(r"//[^/]*@", "//***@", str(value))
+
+
+if __name__ == "__main__":
+    main(prog_name="docker-mirror")
