@@ -1,4 +1,4 @@
-"""Run the measurements: ``python -m bench [compare|clients] [options]``, from the project's folder."""
+"""Run the measurements: ``python -m bench [compare|clients|cache] [options]``, from the project's folder."""
 
 import argparse
 import json
@@ -11,6 +11,8 @@ from pathlib import Path
 from hub import Hub
 from processes import SEARCH_PATH
 
+from bench.cached import PEERS
+from bench.cached import compare_cached
 from bench.measures import MB
 from bench.measures import MIB
 from bench.measures import RATES
@@ -44,13 +46,21 @@ def main() -> int:
     starts = peers(arguments.also)
     with Hub() as hub:
         hub.tokens.expires_in = TOKEN_SECONDS
+        rounds = 1 if arguments.short else arguments.rounds
+        if arguments.what == "cache":
+            return report(compare_cached(hub, scale, rounds, say), PEERS, scale, arguments.json)
         blobs = make_blobs(hub, scale)
         if arguments.what == "clients":
             return clients(hub, starts, blobs, scale)
-        samples = compare(hub, starts, blobs, scale, 1 if arguments.short else arguments.rounds)
-    print(table(samples, list(starts)))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(as_json(samples, list(starts), scale._asdict()), indent=2) + "\n")
+        samples = compare(hub, starts, blobs, scale, rounds)
+    return report(samples, list(starts), scale, arguments.json)
+
+
+def report(samples: Samples, peers: list[str], scale: Scale, file: Path | None) -> int:
+    """Print the table, and write all values to a file; return 0."""
+    print(table(samples, peers))
+    if file:
+        file.write_text(json.dumps(as_json(samples, peers, scale._asdict()), indent=2) + "\n")
     return 0
 
 
@@ -61,9 +71,10 @@ def parse_arguments() -> argparse.Namespace:
         "what",
         nargs="?",
         default="compare",
-        choices=["compare", "clients"],
+        choices=["compare", "clients", "cache"],
         help="compare: rates, CPU and memory beside nginx (the default); "
-        "clients: 100 clients at 1 MB/s each, their digests and the mirror's memory",
+        "clients: 100 clients at 1 MB/s each, their digests and the mirror's memory; "
+        "cache: what the cache costs and gives, beside docker-registry and nginx with a file",
     )
     parser.add_argument("--rounds", type=round_count, default=5, metavar="N", help=f"1 to {MAX_ROUNDS}; default 5")
     parser.add_argument("--short", action="store_true", help="one round of small sizes: does all of it still run?")

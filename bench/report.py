@@ -1,5 +1,6 @@
 """Medians, quartiles and ratios of what was measured, as a table and as JSON."""
 
+import math
 import os
 import platform
 import statistics
@@ -27,6 +28,8 @@ class Spread(NamedTuple):
         return cls(median, low, high)
 
     def __str__(self) -> str:
+        if math.isnan(self.median):
+            return "-"  # a CPU's clock ticks too slowly for what is small
         digits = max(0, 3 - len(str(int(abs(self.median)))))
         return f"{self.median:.{digits}f} ({self.low:.{digits}f} to {self.high:.{digits}f})"
 
@@ -38,7 +41,12 @@ def add(samples: Samples, peer: str, figures: dict[str, float]) -> None:
 
 
 def references(peer: str, peers: list[str]) -> list[str]:
-    """Return with which peers one is compared: a mirror with each nginx, and another copy's with this one's."""
+    """Return with which peers one is compared: a mirror with each nginx, and another copy's with this one's.
+
+    With the cache, only the first one is compared, with all others.
+    """
+    if "cached" in peers:
+        return peers[1:] if peer == "cached" else []
     if peer in NGINX:
         return []
     return [other for other in peers if other in NGINX or other == peers[0] != peer]
@@ -54,8 +62,8 @@ def table(samples: Samples, peers: list[str]) -> str:
     others = [other for other in peers if any(other in references(peer, peers) for peer in peers)]
     rows = [["", "", "", *(f"/ {other}" for other in others)]]
     for figure, values in samples.items():
-        for peer in peers:
-            compared = references(peer, peers)
+        for peer in (peer for peer in peers if peer in values):
+            compared = [other for other in references(peer, peers) if other in values]
             shown = [Spread.of(ratios(values, peer, other)) if other in compared else "" for other in others]
             rows.append([figure if peer == peers[0] else "", peer, str(Spread.of(values[peer])), *map(str, shown)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -65,16 +73,23 @@ def table(samples: Samples, peers: list[str]) -> str:
 def as_json(samples: Samples, peers: list[str], scale: dict[str, Any]) -> dict[str, Any]:
     """Return all values, and their spreads, with what the host is."""
     compared = [(peer, other) for peer in peers for other in references(peer, peers)]
+
+    def both(values: dict[str, list[float]]) -> list[tuple[str, str]]:
+        return [pair for pair in compared if values.keys() >= set(pair)]
+
     return {
         "host": {"cpus": os.cpu_count(), "machine": platform.machine(), "kernel": platform.release()},
         "python": platform.python_version(),
         "scale": scale,
         "values": samples,
         "spreads": {
-            figure: {peer: Spread.of(values[peer])._asdict() for peer in peers} for figure, values in samples.items()
+            figure: {peer: Spread.of(values[peer])._asdict() for peer in peers if peer in values}
+            for figure, values in samples.items()
         },
         "ratios": {
-            figure: {f"{peer}/{other}": Spread.of(ratios(values, peer, other))._asdict() for peer, other in compared}
+            figure: {
+                f"{peer}/{other}": Spread.of(ratios(values, peer, other))._asdict() for peer, other in both(values)
+            }
             for figure, values in samples.items()
         },
     }
