@@ -5,7 +5,7 @@ set -euo pipefail
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd)
 python=$root/.venv/bin/python
-packages=(debootstrap systemd-container docker-registry nginx skopeo)
+packages=(debootstrap systemd-container docker-registry nginx skopeo docker.io containerd)
 
 # In CI nothing may skip.
 skip() {
@@ -31,7 +31,7 @@ dpkg-query --show "${packages[@]}" >/dev/null 2>&1 ||
 
 work=$(mktemp -d)
 trap 'rm -rf --one-file-system "$work"' EXIT
-timeout 600 debootstrap --variant=minbase --include=systemd,systemd-sysv,dbus,python3,python3-venv \
+timeout 600 debootstrap --variant=minbase --include=systemd,systemd-sysv,dbus,sudo,python3,python3-venv \
     bookworm "$work/tree" "$mirror" >"$work/debootstrap.log" &
 debootstrap=$!
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import requests
@@ -21,7 +22,12 @@ from machine import Ended
 from machine import Machine
 from processes import free_port
 from processes import poll
+from pulls import pulled_by_docker
 from pulls import succeeds
+from terminator import READMES
+from terminator import SERVED_AT
+from terminator import Terminator
+from terminator import TrustingDockerd
 
 MIB = 1 << 20
 HOST = "127.0.0.1"
@@ -378,6 +384,42 @@ def test_a_purge_takes_all_away(installed: Service) -> None:
     assert installed.deploy("uninstall", "--purge").returncode == 0
     assert left(installed.machine) == set()
     assert installed.machine.succeeds("systemctl", "--failed", "--quiet", "--no-legend") == ""
+
+
+def test_the_readmes_words_lead_to_a_pull_through_https(installed: Service, hub: Hub) -> None:
+    """Followed to the letter; the owner's one setting makes the tests' hub Docker Hub, and packages come from a folder.
+
+    The web server and the client are on other addresses of this machine.
+    """
+    machine = installed.machine
+    machine.write("/etc/pip.conf", "[global]\nno-index = true\nfind-links = /root/wheels\n")
+    section = READMES[0].read_text().partition("\n## As a service\n")[2].partition("\n## ")[0]
+    (commands,) = re.findall(r"^```sh\n(.*?)^```$", section, re.M | re.S)
+    shown = ""
+    for command in commands.splitlines():
+        ended = machine.run("sh", "-c", f"cd {CLONE} && {command}")
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        shown = ended.stdout
+    assert 'Status: "Serving 13 registries at http://127.0.0.1:5000 with 1 worker"' in shown
+    machine.write("/etc/docker-mirror/ca.pem", hub.ca_file.read_text())
+    table = hub.table() | {"ca_file": "/etc/docker-mirror/ca.pem"}
+    write_registries(machine.path("/etc/docker-mirror/registries.toml"), {"docker.io": table})
+    with machine.path(ENVIRONMENT).open("a") as settings:
+        settings.write("MIRROR_REGISTRIES=registries.toml\nMIRROR_CACHE_DIR=/var/cache/docker-mirror\n")
+    machine.succeeds("systemctl", "restart", "docker-mirror")
+    needs("dockerd", "docker", "containerd", "ctr")
+    with Terminator(Address(SERVED_AT)) as terminator, TrustingDockerd(terminator) as docker:
+        pulled_by_docker(docker, "nginx", hub.repositories["library/nginx"])
+        assert ("HEAD", "/v2/library/nginx/manifests/latest", 200) in terminator.asked()
+    listed = f"{RELEASES}/current/bin/docker-mirror cache list --dir /var/cache/docker-mirror"
+    assert "docker.io/library/nginx:latest" in machine.succeeds("sh", "-c", listed)
+    assert installed.deploy("uninstall", "--purge").returncode == 0
+
+
+class Address(NamedTuple):
+    """Say where a mirror is."""
+
+    url: str
 
 
 def left(machine: Machine) -> set[str]:
