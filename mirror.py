@@ -39,6 +39,7 @@ import re
 import socket
 import ssl
 import struct
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -62,6 +63,7 @@ from typing import NoReturn
 from typing import Protocol
 from typing import TypeVar
 from typing import cast
+from urllib.parse import parse_qsl
 from urllib.parse import quote
 from urllib.parse import urlencode
 from urllib.parse import urljoin
@@ -75,10 +77,12 @@ import requests
 import urllib3
 from flask import Flask
 from flask import Response
+from flask import abort
 from flask import g
 from flask import request
 from gevent import monkey
 from gevent.event import Event
+from gevent.pool import Pool
 from gevent.threadpool import ThreadPool
 from greenlet import greenlet
 from requests.adapters import HTTPAdapter
@@ -118,6 +122,25 @@ from cache import Record
 from cache import WrongDigest
 from cache import hash_file
 from cache import is_digest
+from pages import FILES
+from pages import MAX_TYPED
+from pages import NO_INDEX
+from pages import Address
+from pages import Facts
+from pages import Image
+from pages import Pages
+from pages import ServedRegistry
+from pages import by_name
+from pages import clients
+from pages import nginx_error
+from pages import nginx_welcome
+from pages import page_file
+from pages import read_config
+from pages import read_image
+from pages import read_manifest
+from pages import read_results
+from pages import robots
+from pages import sorted_tags
 from settings import DIRECT
 from settings import DOCKER_IO
 from settings import Config
@@ -398,6 +421,11 @@ class Router:
             return self._by_path(name, self._aliased(host) or self.default)
         prefix = f"{registry.name}/" if name.startswith(f"{registry.name}/") else ""
         return _target(registry, name, prefix)
+
+    def served(self, host: str) -> list[Registry]:
+        """Return the registries that can be named at this host: one of a registry's hosts stands for that alone."""
+        listed = self._listed(host)
+        return [listed] if listed is not None else list(self._registries.values())
 
     def _listed(self, host: str) -> Registry | None:
         return self._hosts.get(host.lower()) or self._hosts.get(_bare(host))
@@ -1478,6 +1506,32 @@ class Upstream:
             answer = self._follow(Site(registry, str(registry.search)), "GET", url, {}, None, trail)
             raise_for_status(answer, NotFound, lambda errors: Denied(f"{registry.name} refuses", errors=errors))
             return Reply(answer.status, answer.response.headers, read_bounded(answer.response))
+
+    def reach(self, registry: Registry, trail: Trail) -> None:
+        """Return where one of the registry's endpoints answers; else raise the last one's MirrorError."""
+        seconds = min(PING_SECONDS, self._budget) / len(registry.endpoints)
+        failure: MirrorError = BadGateway(f"{registry.name} has no endpoint")
+        for number in range(len(registry.endpoints)):
+            try:
+                self._ping(Site.endpoint(registry, number), None, trail, seconds)
+                return
+            except MirrorError as error:
+                failure = error
+        raise failure
+
+    def visit(self, site: Registry, method: str, path: str, headers: Mapping[str, str], trail: Trail) -> Answer:
+        """Ask a site, which is no registry, for a page, as nobody; a redirect is the browser's to follow.
+
+        Whoever gets the answer must close its response. Raises MirrorError.
+        """
+        url = site.endpoints[0] + path
+        trail.ask(url)
+        with self._deadline(url, self._budget):
+            answer = Answer(self._send(site, method, url, headers), None)
+            if answer.status < 500:
+                return started(answer, method, is_blob=True)
+            read_bounded(answer.response)
+        raise BadGateway(f"{answer.host} answered {answer.status}")
 
     def close_idle(self) -> None:
         """Close the connections that no request uses."""
@@ -3125,7 +3179,6 @@ def admit_request() -> Response | None:
     Raises BadRequest, NameInvalid and Unsupported.
     """
     environ = request.environ
-    note_request(environ)
     host = environ.get("HTTP_HOST")
     if host is not None and not HOST.fullmatch(host):
         raise BadRequest("the Host header is not valid")
@@ -3301,15 +3354,17 @@ class Gate:
         except ConfigError as error:
             raise ConfigError(f"MIRROR_{setting}: {error}") from None
 
-    def admit_client(self, address: str, agent: str) -> None:
-        """Raise Denied for a client that may not pull, by its address or its User-Agent."""
+    def blocks(self, agent: str) -> bool:
+        """Tell whether a client with this User-Agent is to take the mirror for something else."""
+        return any(part in agent.lower() for part in self._agents)
+
+    def admit_client(self, address: str) -> None:
+        """Raise Denied for a client that may not pull, by its address."""
         allowed, denied = self._config.allow_clients, self._config.deny_clients
         if (allowed or denied) and not is_address(address):
             raise Denied("this mirror is not for clients whose address the terminator does not tell")
         if (allowed and not is_within(address, allowed)) or is_within(address, denied):
             raise Denied(f"this mirror is not for clients at {address}")
-        if any(part in agent.lower() for part in self._agents):
-            raise Denied("this mirror is not for this User-Agent")
 
     def admit_image(self, target: Target, reference: str) -> None:
         """Raise Denied for an image that may not be pulled; `reference` is a tag, a digest, or empty for a list."""
@@ -3515,16 +3570,46 @@ def bcrypt_matches(password: bytes, encoded: bytes) -> bool:
 
 NOBODY = "Og=="  # base64 of a colon
 MAX_FORM = 64 << 10  # bytes of a POST to /token
+PAGE_RESULTS, PAGE_TAGS = 20, 10  # that a page shows
+MAX_LISTS = 10  # parts of a list of tags, as the registry cuts it
+LIST_SECONDS, FACTS_SECONDS = 20, 10  # for which a page waits for the tags, and for what they stand for
+AT_ONCE = 5  # tags that are looked at
+READY_SECONDS = 10  # for which the answer of /readyz is remembered
+DISK_SECONDS = 5  # within which the disk must take a byte
+MAX_PAGE = 32 << 20  # bytes of a page of another site, or of a file that it uses
+# What Docker Hub's own pages ask its API for; all else below /v2/ is a registry's.
+SITE_API = re.compile(r"/v2/(repositories|users|orgs|categories|search)(/.*)?")
+PATH_LETTERS = "/:@+=,~!$&'()*;"  # that stand in a path as they are
+SITE_REQUEST_HEADERS = ("Accept", "Accept-Language", "If-None-Match", "If-Modified-Since")
+# Not among them: Set-Cookie.
+SITE_RESPONSE_HEADERS = (
+    "Cache-Control",
+    "Content-Encoding",
+    "Content-Language",
+    "Content-Length",
+    "Content-Security-Policy",
+    "Content-Type",
+    "ETag",
+    "Expires",
+    "Last-Modified",
+    "Referrer-Policy",
+    "Retry-After",
+    "Vary",
+    "X-Content-Type-Options",
+    "X-Frame-Options",
+)
 
 
 def create_app(config: Config) -> Flask:
     """Return the WSGI application; raise ConfigError for a wrong registries file."""
     app = Flask("mirror", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = MAX_FORM
+    app.jinja_options = {"trim_blocks": True, "lstrip_blocks": True}
     app.url_map.merge_slashes = False
     app.url_map.strict_slashes = False
-    views = Views(config, load_registries(config))
+    views = Front(config, load_registries(config))
     app.extensions["docker-mirror"] = views
+    app.before_request(views.turn_away)
     app.before_request(admit_request)
     app.before_request(views.admit_client)
     app.after_request(finish_response)
@@ -3540,6 +3625,8 @@ def create_app(config: Config) -> Flask:
 
 def finish_response(response: Response) -> Response:
     """Add the headers that every answer of the API has."""
+    if "decoy" in g:
+        return response
     if is_api(request.path):
         response.headers["Docker-Distribution-Api-Version"] = "registry/2.0"
         if "ns" in g:
@@ -3587,9 +3674,9 @@ class Views:
             self._store.tidy()
 
     def admit_client(self) -> None:
-        """Refuse clients that may not pull, whatever they ask for; the health check is for everyone."""
-        if request.path != "/healthz":
-            self._gate.admit_client(client_address(), request.headers.get("User-Agent", ""))
+        """Refuse clients that may not pull, whatever they ask for; the checks of health are for everyone."""
+        if request.path not in ("/healthz", "/readyz"):
+            self._gate.admit_client(client_address())
 
     def healthz(self) -> Response:
         """Tell that the process is alive, and whether its cache's disk works; upstream is not asked."""
@@ -3747,11 +3834,14 @@ class Views:
             if request.form.get("grant_type") != "password":
                 raise BadRequest("this mirror knows the grant_type password only")
             given = request.form
+        return token_response(self._user_token(given), USER_TOKEN_SECONDS)
+
+    def _user_token(self, given: Mapping[str, str | None]) -> str:
+        """Return a token for one of the mirror's own users; raise Unauthorized for anybody else."""
         user, password = given.get("username"), given.get("password")
         if not user or password is None:
             raise Unauthorized("log in to this mirror", Challenge(OWN_SERVICE, {}, "basic"))
-        token = self._users.token(user, password, client_of(client_address()))
-        return token_response(token, USER_TOKEN_SECONDS)
+        return self._users.token(user, password, client_of(client_address()))
 
     def _log_in(self, here: Registry, named: str | None, basic: str | None) -> Reply | None:
         """Return the realm's reply to a login; None where the client may still pull what is public.
@@ -4000,3 +4090,464 @@ def http_error(error: HTTPException) -> Response:
     response = json_response({"errors": [{"code": code, "message": message, "detail": None}]}, status)
     response.headers.extend((key, value) for key, value in error.get_headers() if key == "Allow")
     return response
+
+
+class Front(Views):
+    """Answer people in a browser too, and what watches over the mirror; pages.py and templates/ say how it looks."""
+
+    def __init__(self, config: Config, registries: Mapping[str, Registry]) -> None:
+        super().__init__(config, registries)
+        self._pages = Pages()
+        self._finder = Finder(self._upstream, self._store)
+        self._ready: tuple[float, dict[str, str]] = (-math.inf, {})  # when, in time.monotonic(), and what was found
+        self._asked: Once[dict[str, str]] = Once()
+        self._site: Registry | None = None
+        if config.home.kind == "proxy":
+            self._site = Registry("the site of MIRROR_HOME", (config.home.url,))
+            self._way = Upstream(config, {self._site.name: self._site})
+
+    def routes(self) -> list[tuple[str, Callable[..., Response], list[str]]]:
+        """Return rule, view and methods of each route."""
+        shown: dict[str, dict[str, Callable[..., Response]]] = {
+            "usage": {"/": self.home, "/search": self.search_page, "/tags": self.tags_page},
+            "nginx": {"/": self.nginx},
+            "redirect": {"/": self.lead_on},
+            "proxy": {"/": self.visit, "/<path:path>": self.visit},
+        }
+        found = {"/readyz": self.readyz, "/robots.txt": self.robots, **shown.get(self._config.home.kind, {})}
+        if self._config.home.kind == "usage":
+            found |= {f"/{name}": partial(page_file, name) for name in FILES}
+        return [*super().routes(), *((rule, view, ["GET"]) for rule, view in found.items())]
+
+    def close_idle(self) -> None:
+        """Close the connections to upstream that no request uses."""
+        super().close_idle()
+        if self._site is not None:
+            self._way.close_idle()
+
+    # What is not to be seen
+
+    def turn_away(self) -> Response | None:
+        """Show nginx to a blocked agent: its welcome page, and nothing where a registry would be."""
+        note_request(request.environ)
+        if request.path == "/healthz" or not self._gate.blocks(request.headers.get("User-Agent", "")):
+            return None
+        return as_nginx(nginx_error(404) if is_of_the_mirror(request.path) else nginx_welcome())
+
+    def error(self, error: Exception) -> Response:
+        """Write any error as OCI JSON; where the mirror is not to be seen, as nginx does."""
+        response = super().error(error)
+        hidden = self._config.home.kind == "nginx" and not is_of_the_mirror(request.path)
+        return as_nginx(nginx_error(response.status_code)) if hidden else response
+
+    def nginx(self) -> Response:
+        """Show the page of an nginx that has no site yet."""
+        welcome = nginx_welcome()
+        welcome.make_conditional(request.environ)
+        return as_nginx(welcome)
+
+    def robots(self) -> Response:
+        """Tell crawlers to leave."""
+        return as_nginx(robots()) if self._config.home.kind == "nginx" else robots()
+
+    def lead_on(self) -> Response:
+        """Send the browser to another site."""
+        return Response(status=302, headers={"Location": self._config.home.url, **NO_INDEX})
+
+    def visit(self, path: str = "") -> Response:
+        """Show a page of the site that stands here: of ``/v2/``, only what Docker Hub's own pages ask for."""
+        site = cast(Registry, self._site)
+        if ".." in path.split("/") or (is_api(request.path) and not SITE_API.fullmatch(request.path)):
+            abort(404)
+        self._admit_reader()
+        query = request.query_string.decode("ascii")
+        target = quote(request.path, safe=PATH_LETTERS) + (f"?{query}" if query else "")
+        with watched(client_socket()):
+            headers = kept(request.headers, SITE_REQUEST_HEADERS)
+            answer = self._way.visit(site, request.method, target, headers, trail())
+        with ExitStack() as failed:
+            failed.callback(answer.response.close)
+            headers = kept(answer.response.headers, SITE_RESPONSE_HEADERS) | NO_INDEX
+            location = answer.response.headers.get("Location")
+            if location is not None:
+                headers["Location"] = at_mirror(site.endpoints[0] + target, location, site.endpoints[0])
+            failed.pop_all()
+        body = () if request.method == "HEAD" else PageBody(answer, client_socket())
+        return Relayed(body, answer.status, headers, direct_passthrough=True)
+
+    # Pages
+
+    def home(self) -> Response:
+        """Show how to use the mirror, with the commands for an image."""
+        self._admit_reader()
+        typed = request.args.get("image", "")[:MAX_TYPED]
+        here = self._address()
+        own = self._own(here)
+        example = "nginx" if own.name == DOCKER_IO else "owner/image"
+        image, problem = self._image(typed or example, here)
+        shown = image or Image(own.name, complete(own, example), "")
+        searched = self._index(here)
+        return self._show(
+            "home",
+            typed=typed,
+            example=example,
+            problem=problem,
+            plain_name=shown.path,
+            registry=shown.registry,
+            own=own.name,
+            commands=by_name(here, shown),
+            clients=clients(here, shown, own.name == DOCKER_IO),
+            searched=searched.name if searched.search else None,
+            query="",
+            login="users" if self._users else "on" if self._config.login else "off",
+            **self._served(here),
+        )
+
+    def search_page(self) -> Response:
+        """Show what the registry's index finds."""
+        self._admit_reader()
+        here, query, page = self._address(), request.args.get("q", "").strip()[:100], page_number()
+        registry = self._index(here)
+        shown: dict[str, Any] = {"searched": registry.name, "query": query, "page": page}
+        if not query:
+            return self._show("search", **shown)
+        g.target = Target(registry, "")
+        try:
+            if registry.search is None:
+                return self._show("search", 404, problem="no_index", **shown)
+            arguments = {"q": query, "n": str(PAGE_RESULTS), "page": str(page)}
+            results = read_results(self._upstream.search(registry, arguments, trail()).body)
+        except (MirrorError, ValueError) as error:
+            return self._failed("search", error, **shown)
+        prefix = "" if registry == self._own(here) else f"{registry.name}/"
+        named = (one._replace(name=prefix + one.name) for one in results.found)
+        found = [one for one in named if self._may_pull(here, registry, one.name)]
+        return self._show("search", found=found, pages=results.pages, **shown)
+
+    def tags_page(self) -> Response:
+        """Show the tags of an image, and of those on this page what they stand for."""
+        self._admit_reader()
+        typed, wanted = request.args.get("image", ""), request.args.get("filter", "")[:128]
+        image, problem = self._image(typed, self._address())
+        if image is None:
+            return self._show("tags", 404, name=typed[:MAX_TYPED], problem=problem)
+        target = g.target = Target(self._router.named(image.registry), image.repository)
+        shown: dict[str, Any] = {"name": image.path, "filter": wanted}
+        try:
+            with watched(client_socket()):
+                shown |= self._listed(target, wanted, page_number())
+        except MirrorError as error:
+            return self._failed("tags", error, **shown)
+        return self._show("tags", **shown)
+
+    def _listed(self, target: Target, wanted: str, page: int) -> dict[str, Any]:
+        """Return what a page shows of the tags that contain a text; raise MirrorError."""
+        every, is_cut = self._finder.tags(target, trail())
+        tags = sorted_tags(tag for tag in every if wanted in tag and self._admits(target, tag))
+        pages = max(1, math.ceil(len(tags) / PAGE_TAGS))
+        page = min(page, pages)
+        here = tags[(page - 1) * PAGE_TAGS : page * PAGE_TAGS]
+        facts, is_spared = self._finder.facts(target, here, partial(self._gate.count_pull, client_address()))
+        rows = [(tag, facts.get(tag)) for tag in here]
+        counted = {"count": len(tags), "is_cut": is_cut, "page": page, "pages": pages}
+        return {"rows": rows, "is_spared": is_spared, **counted}
+
+    def _show(self, template: str, status: int = 200, **values: Any) -> Response:
+        arguments = request.args.to_dict()
+        return self._pages.show(
+            template, status, address=self._address(), arguments=arguments, **{"problem": None, **values}
+        )
+
+    def _failed(self, template: str, error: Exception, **values: Any) -> Response:
+        """Show why upstream gives nothing, in one plain sentence."""
+        log.warning("%s", error)
+        is_missing = isinstance(error, (NotFound, Unauthorized, Denied))  # without a login nobody tells which
+        is_limit = isinstance(error, TooManyRequests)
+        problem, status = ("missing", 404) if is_missing else ("limited", 503) if is_limit else ("unreachable", 502)
+        response = self._show(template, status, problem=problem, **values)
+        response.headers.update(kept(getattr(error, "headers", {}), ("Retry-After",)))
+        return response
+
+    def _image(self, typed: str, here: Address) -> tuple[Image | None, str | None]:
+        """Return the image that was typed, or the name of the sentence that says why there is none."""
+        named = read_image(typed.replace(f"{here.host}/", "", 1))
+        try:
+            target = self._router.resolve(here.host, None, named.name)
+            if named.tag and not TAG.fullmatch(named.tag):
+                return None, "bad_image"
+            if named.digest:
+                check_digest(named.digest)
+            self._gate.admit_image(target, named.digest or named.tag)
+        except Denied:
+            return None, "denied"
+        except MirrorError:
+            return None, "bad_image"
+        return Image(target.registry.name, target.repository, target.prefix, named.tag, named.digest), None
+
+    def _may_pull(self, here: Address, registry: Registry, name: str) -> bool:
+        """Tell whether a name that an index gave is one, and of an image that may be pulled here."""
+        try:
+            target = self._router.resolve(here.host, None, name)
+        except MirrorError:
+            return False
+        return target.registry == registry and self._admits(target, "")
+
+    def _admits(self, target: Target, tag: str) -> bool:
+        """Tell whether an image may be pulled by a tag that the registry named; by any, if there is none."""
+        try:
+            self._gate.admit_image(target, tag)
+        except Denied:
+            return False
+        return not tag or TAG.fullmatch(tag) is not None
+
+    def _address(self) -> Address:
+        return Address(self._public_url())
+
+    def _own(self, here: Address) -> Registry:
+        """Return the registry of names that name none, at this address."""
+        return self._router.by_host(here.host) or self._router.default
+
+    def _index(self, here: Address) -> Registry:
+        return self._router.by_host(here.host) or self._router.searched
+
+    def _served(self, here: Address) -> dict[str, Any]:
+        """Return the table of the registries that are served at this address."""
+        own, bare = self._own(here), re.sub(r":[0-9]+$", "", here.host)
+        is_name = "." in bare and not is_address(bare)
+        found = [
+            ServedRegistry(
+                registry.name,
+                f"{here.host}/…" if registry == own else f"{here.host}/{registry.name}/…",
+                [*registry.hosts, *([f"{registry.alias}.{here.host}"] if registry.alias and is_name else [])],
+            )
+            for registry in self._router.served(here.host)
+        ]
+        return {"registries": found, "by_host": any(one.hosts for one in found)}
+
+    def _admit_reader(self) -> None:
+        """Refuse in a browser who is not among the mirror's own users: by Basic, which browsers know."""
+        if self._users:
+            g.target = Target(self._router.default, "")
+            login = request.authorization
+            self._user_token(login.parameters if login is not None else {})
+
+    # Readiness
+
+    def readyz(self) -> Response:
+        """Tell whether the default registry can be reached and the cache's disk be written to; for a few seconds."""
+        found_at, found = self._ready
+        if time.monotonic() - found_at > READY_SECONDS:
+            found = self._asked.get((), partial(self._look, trail()))
+        is_ready = "fails" not in found.values()
+        return json_response({"status": "ok" if is_ready else "failing", **found}, 200 if is_ready else 503)
+
+    def _look(self, asked: Trail) -> dict[str, str]:
+        found = {"registry": "ok"}
+        try:
+            self._upstream.reach(self._router.default, asked)
+        except MirrorError as error:
+            log.warning("not ready: %s", error)
+            found["registry"] = "fails"
+        if self._store is not None:
+            found["cache"] = "ok" if self._can_write(self._store) else "fails"
+        self._ready = (time.monotonic(), found)
+        return found
+
+    def _can_write(self, store: PullThrough) -> bool:
+        with suppress(OSError, gevent.Timeout), gevent.Timeout(DISK_SECONDS):
+            store.writers.run(write_a_byte, str(self._config.cache_dir))
+            return True
+        return False
+
+
+class Finder:
+    """Find out which tags there are and what they stand for, at the cost of few pulls.
+
+    A HEAD, which tells the digest, costs nothing at Docker Hub; a manifest is counted there. What a digest stands for
+    is remembered, since it never changes. Where the registry tells its limit, manifests are asked for only as long as
+    four fifths of it are left: the rest is for pulls.
+    """
+
+    def __init__(self, upstream: Upstream, store: PullThrough | None) -> None:
+        self._upstream = upstream
+        self._store = store
+        self._known: dict[tuple[str, str], Facts] = {}  # by registry and digest: what one says is no other's word
+
+    def tags(self, target: Target, asked: Trail) -> tuple[list[str], bool]:
+        """Return a repository's tags, and whether there are more; raise MirrorError."""
+        tags: list[str] = []
+        query = {"n": "1000"}
+        with gevent.Timeout(LIST_SECONDS, GatewayTimeout(f"{target.registry.name} is slow")):
+            for _ in range(MAX_LISTS):
+                answer = self._fetch(target, "GET", "tags/list", NotFound, asked, query, MAX_TAGS)
+                tags += tags_in(answer.start)
+                link = next_page(answer.response.headers.get("Link", ""), "", None)
+                if link is None:
+                    return tags, False
+                query = dict(parse_qsl(link.partition("?")[2].partition(">")[0]))
+        return tags, True
+
+    def facts(self, target: Target, tags: list[str], count: Callable[[], None]) -> tuple[dict[str, Facts], bool]:
+        """Return what those of the tags stand for that is found out in time, and whether some were not asked for.
+
+        `count` is called before each manifest; it raises TooManyRequests where that is one too many.
+        """
+        pool = Pool(AT_ONCE)
+        found: dict[str, Facts] = {}
+        spared: list[str] = []
+
+        def look(tag: str) -> None:
+            try:
+                facts = self._facts(target, tag, count)
+            except (MirrorError, ValueError) as error:
+                log.info("%s:%s is shown without its size: %s", target.repository, tag, error)
+                return
+            if facts is None:
+                spared.append(tag)
+            else:
+                found[tag] = facts
+
+        try:
+            with suppress(gevent.Timeout), gevent.Timeout(FACTS_SECONDS):
+                pool.map(look, tags)
+        finally:
+            pool.kill()
+        return found, bool(spared)
+
+    def _facts(self, target: Target, tag: str, count: Callable[[], None]) -> Facts | None:
+        head = self._manifest(target, "HEAD", tag)
+        key = target.registry.name, head.digest
+        if key not in self._known:
+            if not has_spare(head.headers):
+                return None
+            try:
+                count()
+            except TooManyRequests:
+                return None
+            facts = self._read(target, head.digest)
+            if len(self._known) >= MAX_TOKENS:
+                self._known.clear()
+            self._known[key] = facts
+        return self._known[key]
+
+    def _read(self, target: Target, digest: str) -> Facts:
+        """Return what a manifest says, and one that it leads to; raise MirrorError, and ValueError where it is none."""
+        parsed = read_manifest(self._manifest(target, "GET", digest).body)
+        facts = parsed.facts
+        if parsed.child is not None:
+            inner = read_manifest(self._manifest(target, "GET", check_digest(parsed.child)).body)
+            facts = facts._replace(size=inner.facts.size)
+        elif parsed.config is not None:
+            platform = read_config(self._blob(target, check_digest(parsed.config)))
+            facts = facts._replace(platforms=(platform,) if platform else ())
+        return facts
+
+    def _manifest(self, target: Target, method: str, reference: str) -> Looked:
+        """Return a manifest, from the cache where it is there; raise MirrorError."""
+        headers = {"Accept": ", ".join(MANIFEST_TYPES)}
+        wanted = Wanted(target, method, f"manifests/{reference}", {}, headers, None, ManifestUnknown, Trail())
+        if self._store is not None and method == "GET" and (found := self._store.manifest(wanted)) is not None:
+            return Looked(found.record.digest, found.body or b"", found.headers)
+        answer = self._upstream.fetch(wanted._replace(whole=MAX_MANIFEST if method == "GET" else 0))
+        shown = answer.response.headers
+        digest = check_digest(shown.get("Docker-Content-Digest", reference))
+        return Looked(digest, answer.start, kept(shown, LIMIT_HEADERS))
+
+    def _blob(self, target: Target, digest: str) -> bytes:
+        return self._fetch(target, "GET", f"blobs/{digest}", BlobUnknown, Trail(), {}, MAX_FOREIGN_BODY).start
+
+    def _fetch(
+        self,
+        target: Target,
+        method: str,
+        resource: str,
+        missing: type[NotFound],
+        asked: Trail,
+        query: Mapping[str, str],
+        whole: int,
+    ) -> Answer:
+        return self._upstream.fetch(Wanted(target, method, resource, query, {}, None, missing, asked, whole))
+
+
+class Looked(NamedTuple):
+    """Hold what was found out of a manifest; a HEAD has no body."""
+
+    digest: str
+    body: bytes
+    headers: Mapping[str, str]
+
+
+def has_spare(headers: Mapping[str, str]) -> bool:
+    """Tell whether a registry's quota is large enough for more than pulls: four fifths are for them alone.
+
+    Source: Docker Hub, ``RateLimit-Limit: 100;w=21600``. A registry that tells no limit has none.
+    """
+    limit, remaining = (headers.get(f"RateLimit-{word}", "").partition(";")[0] for word in ("Limit", "Remaining"))
+    if not re.fullmatch("[0-9]{1,9}", limit) or not re.fullmatch("[0-9]{1,9}", remaining):
+        return True
+    return int(remaining) * 5 > int(limit) * 4
+
+
+def tags_in(body: bytes) -> list[str]:
+    """Return the tags of a list; raise BadGateway where it is none. Source: OCI distribution spec."""
+    try:
+        tags = json.loads(body)["tags"] or []
+        return [tag for tag in tags if isinstance(tag, str)]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        raise BadGateway("upstream's list of tags is none") from None
+
+
+class PageBody:
+    """Pass a site's page on as it comes, up to a bound. Whoever has one must close it."""
+
+    def __init__(self, answer: Answer, client: socket.socket | None) -> None:
+        self._answer = answer
+        self._client = client
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield self._answer.start
+        left = MAX_PAGE
+        with reset_on_failure(self._client), upstream_errors(self._answer.host):
+            while chunk := self._answer.response.raw.read(SLOW_CHUNK, decode_content=False):
+                left -= len(chunk)
+                if left < 0:
+                    raise BadGateway(f"{self._answer.host} sends a page that is too long")
+                yield chunk
+
+    def close(self) -> None:
+        """Close the connection to the site."""
+        self._answer.response.close()
+
+
+def at_mirror(url: str, location: str, base: str) -> str:
+    """Return where a redirect of the site leads, seen from the mirror, which stands for `base`; raise BadGateway."""
+    target = next_hop(url, location)
+    if target == base or target.startswith((f"{base}/", f"{base}?")):
+        return f"{request.script_root}/" + target.removeprefix(base).lstrip("/")
+    return target
+
+
+def is_of_the_mirror(path: str) -> bool:
+    """Tell whether a path is for clients and for what watches over the mirror, not for people."""
+    return is_api(path) or is_token(path) or path.startswith("/v1/") or path in ("/healthz", "/readyz")
+
+
+def as_nginx(response: Response) -> Response:
+    """Let an answer look as if nginx gave it."""
+    g.decoy = True
+    server = request.environ.get("gunicorn.response")
+    if server is not None:
+        server.version = "nginx"  # gunicorn lets no application set this header
+    return response
+
+
+def write_a_byte(folder: str) -> None:
+    """Write to the disk of a folder and leave nothing there; raise OSError."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(b"0")
+
+
+def page_number() -> int:
+    """Return the page that is asked for, from 1 on."""
+    text = request.args.get("page", "")
+    return max(1, int(text)) if re.fullmatch("[0-9]{1,4}", text) else 1

@@ -226,6 +226,28 @@ def parse_location(text: str) -> str:
     return text
 
 
+@dataclass(frozen=True)
+class Home:
+    """Say what the mirror shows at ``/``: usage, nginx, none, or a redirect to a URL, or a proxy of it."""
+
+    kind: str
+    url: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.url}" if self.url else self.kind
+
+
+def parse_home(text: str) -> Home:
+    """Return what is shown at ``/``; raise ValueError for what is no such thing."""
+    word, colon, url = text.partition(":")
+    kind = word.strip().lower()
+    if kind in ("redirect", "proxy") and colon:
+        return Home(kind, parse_url(url.strip()))
+    if kind in ("usage", "nginx", "none") and not colon:
+        return Home(kind)
+    raise ValueError("must be one of: usage, nginx, none, redirect:URL, proxy:URL")
+
+
 PROXY_SCHEMES = ("http", "https", "socks5", "socks5h")
 
 
@@ -284,7 +306,15 @@ class Config:
     )
     deny_images: tuple[str, ...] = setting((), parse_list, "Images that may not.")
     block_agents: tuple[str, ...] = setting(
-        (), parse_list, "Parts of the User-Agent header by which crawlers and scanners are refused."
+        (),
+        parse_list,
+        "Parts of the User-Agent header by which crawlers and scanners are known: they see nginx's page.",
+    )
+    home: Home = setting(
+        Home("usage"),
+        parse_home,
+        "What a browser sees at `/`: usage, nginx (its welcome page), none (404), `redirect:URL`, "
+        "or `proxy:URL` (that site, shown here).",
     )
     pull_rate: Rate | None = setting(
         None, parse_rate, "Manifests that one client (an IPv6 /64 is one) may get, such as `100/6h`; HEAD is free."

@@ -140,11 +140,36 @@ def test_without_a_terminator_the_address_is_the_connections_own() -> None:
 # Agents
 
 
-def test_a_blocked_agent_is_refused_whatever_its_case() -> None:
+def is_nginx(answer: Reply, status: int) -> bool:
+    """Tell whether an answer shows nginx, and nothing of the mirror."""
+    ours = [name for name in answer.headers if name.startswith(("access-", "docker-", "oci-", "x-", "www-"))]
+    page = b"Welcome to nginx!" if status == 200 else b"<hr><center>nginx</center>"
+    found = (answer.status, answer.headers["server"], answer.headers["content-type"], ours)
+    return found == (status, "nginx", "text/html", []) and page in answer.body
+
+
+def test_a_blocked_agent_sees_nginx_whatever_its_case() -> None:
     with Lab(block_agents="GPTBot, masscan/") as lab:
-        opened(lab)
+        opened(lab).upstream.requests.clear()
         for agent in ("Mozilla/5.0 (compatible; gptbot/1.2)", "MASSCAN/1.3"):
-            assert refused(lab.ask("/v2/", {"User-Agent": agent}))
+            said = {"User-Agent": agent}
+            for path in ("/", "/nothing", "/search?q=x", "/robots.txt", "/page.css"):
+                assert is_nginx(lab.ask(path, said), 200)
+            for path in (
+                "/v2/",
+                "/v2",
+                "/v2/app/manifests/latest?ns=docker.io",
+                "/v2/A/B",
+                "/token",
+                "/v1/search?q=x",
+                "/readyz",
+            ):
+                assert is_nginx(lab.ask(path, said), 404)
+            for method in ("POST", "OPTIONS", "DELETE"):
+                assert is_nginx(lab.ask("/v2/", said, method), 404)
+            assert is_nginx(lab.ask("/", {**said, "Host": "<b>"}), 200)
+        assert lab.upstream.requests == []
+        assert lab.ask("/healthz", {"User-Agent": "GPTBot"}).status == 200
         for agent in ("docker/28.2.2", "masscan", ""):
             assert lab.ask("/v2/", {"User-Agent": agent}).status == 200
 

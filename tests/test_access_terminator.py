@@ -313,14 +313,15 @@ def test_no_claim_takes_another_clients_pulls(counted: Guarded) -> None:
     assert [counted.curl(THREE, MANIFEST).status for _ in range(4)] == [200] * 3 + [429]
 
 
-def test_an_agent_is_refused_by_its_name(docker: TrustingDockerd, counted: Guarded, hub: Hub) -> None:
+def test_a_blocked_agent_finds_no_registry(docker: TrustingDockerd, counted: Guarded, hub: Hub) -> None:
     since = len(counted.asked())
     assert docker.ctr_pull("docker.io/library/redis:latest", mirror_url=counted.url).returncode != 0
-    assert {status for _, _, status in counted.asked(since)} == {403}
+    assert {status for _, _, status in counted.asked(since)} == {404}
     assert not hub.registry_requests()
     twice = ("-H", "User-Agent: curl/8", "-H", "User-Agent: GPTBot")
     for options in (("-A", "Mozilla/5.0 (compatible; gptbot/1.2)"), twice):
-        assert refused(counted.curl(FRIEND, MANIFEST, *options), "User-Agent")
+        assert b"<center>nginx</center>" in counted.curl(FRIEND, MANIFEST, *options).body
+        assert b"Welcome to nginx!" in counted.curl(FRIEND, "/", *options).body
     assert counted.curl(FRIEND, MANIFEST).status == 200, "curl is another one"
 
 

@@ -55,6 +55,7 @@ from werkzeug.test import TestResponse
 
 import cli
 import mirror
+import pages
 import settings
 from settings import Config
 from settings import ConfigError
@@ -496,6 +497,48 @@ def test_the_cause_of_a_failure_is_printable_and_short_and_the_innermost(texts: 
     for error in (inner, protocol, retries, requests.ConnectionError(retries), ValueError(texts[3], retries)):
         assert mirror.root_cause(error) == "".join(letter for letter in str(inner)[:200] if letter.isprintable())
     assert mirror.root_cause(http.client.BadStatusLine(texts[0])) == "this is no HTTP (BadStatusLine)"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pages
+# ---------------------------------------------------------------------------------------------------------------------
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(
+        ("results", "name", "star_count", "description", "num_pages", "manifests", "digest", "platform", "os",
+         "architecture", "variant", "config", "layers", "size", "x")), inner, max_size=5),
+    max_leaves=30,
+)  # fmt: skip
+FOREIGN = JSON.map(lambda value: json.dumps(value).encode()) | st.binary(max_size=40)
+
+
+@given(
+    st.text() | joined("docker ", "pull ", "-q ", "--platform ", "ghcr.io/", "a", ":", "@", DIGEST, "https://", "$ ")
+)
+def test_any_line_is_read_as_one_image_or_none(text: str) -> None:
+    named = pages.read_image(text)
+    assert "@" not in named.name
+    assert not any(part.isspace() for part in "".join(named))
+
+
+@given(FOREIGN)
+@example(b"[" * 100_000)
+def test_any_answer_of_an_index_is_read_or_refused(body: bytes) -> None:
+    results, _ = attempt(lambda: pages.read_results(body), ValueError)
+    if results is not None:
+        assert results.pages >= 0
+        assert all(one.stars >= 0 and len(one.description) <= pages.MAX_TEXT for one in results.found)
+        assert all("\n" not in one.description for one in results.found)
+
+
+@given(FOREIGN)
+@example(b"[" * 100_000)
+def test_any_manifest_is_read_or_refused(body: bytes) -> None:
+    parsed, _ = attempt(lambda: pages.read_manifest(body), ValueError)
+    if parsed is not None:
+        assert parsed.facts.size is None or parsed.facts.size >= 0
+        assert all(re.fullmatch(r"[\w./-]+", platform) for platform in parsed.facts.platforms)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ def test_all_is_served_below_the_path(lab: Lab) -> None:
 def test_what_is_not_served_below_the_path_is_an_oci_error_as_ever(lab: Lab) -> None:
     assert lab.ask(f"{SECRET}/v3/").code == "NOT_FOUND"
     assert lab.ask(f"{SECRET}/v2/APP/manifests/latest").code == "NAME_INVALID"
-    assert lab.ask(SECRET).code == "NOT_FOUND"
+    assert b"<title>" in lab.ask(SECRET).body, "the home page"
     assert lab.ask(f"{SECRET}//v2/").code == "NAME_INVALID"
 
 

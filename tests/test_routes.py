@@ -40,7 +40,8 @@ def test_health_is_told_without_asking_upstream(lab: Lab) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/v1/repositories/x/images", "/v2/app", "/v2/app/manifests/", "/v3/", "/v2/../healthz", "/token/x/y"]
+    "path",
+    ["/nothing", "/v1/repositories/x/images", "/v2/app", "/v2/app/manifests/", "/v3/", "/v2/../healthz", "/token/x/y"],
 )
 def test_what_is_not_served_is_404_in_oci_json(lab: Lab, path: str) -> None:
     reply = lab.ask(path)

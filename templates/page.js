@@ -1,0 +1,66 @@
+// What the page does without this file, it does by a form; here it does so while one types, and copies.
+"use strict";
+
+function showButtons() {
+  for (const button of document.querySelectorAll("button.copy")) button.hidden = false;
+}
+
+async function write(text) {
+  if (navigator.clipboard) return navigator.clipboard.writeText(text);
+  // Only pages by https, or of this very host, have a clipboard.
+  const area = document.createElement("textarea");
+  area.value = text;
+  document.body.append(area);
+  area.select();
+  document.execCommand("copy");
+  area.remove();
+}
+
+async function copy(button) {
+  await write(document.getElementById(button.dataset.copy).textContent + "\n");
+  const label = button.textContent;
+  if (label === button.dataset.done) return;
+  button.textContent = button.dataset.done;
+  setTimeout(() => (button.textContent = label), 1500);
+}
+
+// The server makes the commands: the same page for another image, of which the parts that may differ are taken over.
+async function update(url, signal) {
+  const response = await fetch(url, { signal });
+  if (!response.ok) return;
+  const page = new DOMParser().parseFromString(await response.text(), "text/html");
+  for (const part of document.querySelectorAll("[data-live]")) {
+    const fresh = page.getElementById(part.id);
+    if (fresh) part.replaceChildren(...fresh.childNodes);
+  }
+  showButtons();
+  history.replaceState(null, "", url);
+}
+
+function follow(form) {
+  let running = new AbortController();
+  let timer;
+  const start = () => {
+    clearTimeout(timer);
+    running.abort();
+    running = new AbortController();
+    const url = "./?" + new URLSearchParams(new FormData(form));
+    update(url, running.signal).catch(() => {});  // the button still does it
+  };
+  form.addEventListener("input", () => {
+    clearTimeout(timer);
+    timer = setTimeout(start, 250);
+  });
+  form.addEventListener("submit", (event) => {
+    event.preventDefault();
+    start();
+  });
+}
+
+showButtons();
+document.addEventListener("click", (event) => {
+  const button = event.target.closest("button.copy");
+  if (button) copy(button);
+});
+const form = document.getElementById("image-form");
+if (form) follow(form);
