@@ -435,7 +435,9 @@ class Cache:
 
     def remove(self, digest: str) -> bool:
         """Remove a blob; tell whether it went: one that is being read stays."""
-        return self._evict(str(self.path(digest)), None)
+        size = self._evict(str(self.path(digest)))
+        self.count(-(size or 0))
+        return size is not None
 
     def drop(self, blob: Blob) -> None:
         """Remove a blob that was found to be wrong, whoever reads it."""
@@ -540,8 +542,7 @@ class Cache:
                 if need > total - size:  # then nothing that goes would help
                     raise OSError(errno.ENOSPC, "the disk has too little space left")
                 if self._candidates:
-                    used, path = self._candidates.popleft()
-                    self._evict(path, used)
+                    self._evict_oldest(need)
                 elif not scanned:
                     scanned = True
                     self._candidates = deque(self._oldest())
@@ -549,6 +550,13 @@ class Cache:
                     raise Full("there is no room, and all is in use")
                 else:
                     raise OSError(errno.ENOSPC, "the disk has too little space left")
+
+    def _evict_oldest(self, need: int) -> None:
+        freed = 0
+        while freed < need and self._candidates:
+            used, path = self._candidates.popleft()
+            freed += self._evict(path, used) or 0
+        self.count(-freed)
 
     @contextmanager
     def _locked(self, name: str) -> Iterator[None]:
@@ -587,7 +595,7 @@ class Cache:
             else:
                 is_old = max_age is not None and now - found.st_atime > max_age
             if is_old:
-                self._evict(path, None)
+                self.count(-(self._evict(path) or 0))
 
     def _recount(self) -> None:
         """Count anew. What comes and goes meanwhile may be counted or not, so that a quiet moment is better."""
@@ -625,23 +633,24 @@ class Cache:
         found = ((found.st_atime, path) for path, found in self._files())
         return heapq.nsmallest(CANDIDATES, found)
 
-    def _evict(self, path: str, used: float | None) -> bool:
-        """Remove a blob or an abandoned part, unless it is open, or was used since; tell whether it went."""
+    def _evict(self, path: str, used: float | None = None) -> int | None:
+        """Remove a blob or an abandoned part, unless it is open, or was used since.
+
+        Return its size, which is still to be taken off the count; None where it stays.
+        """
         try:
             with _opened(path, os.O_RDONLY) as fd:
                 if not _lock(fd, fcntl.LOCK_EX):
-                    return False
+                    return None
                 found = os.fstat(fd)
                 if (used is not None and found.st_atime > used) or not _is_at(fd, path):
-                    return False
+                    return None
                 os.unlink(path)
                 if path.endswith(PART):
                     _remove(Path(path).with_suffix(SIZE))
-                size = found.st_size
+                return found.st_size
         except OSError:  # it has gone, or the disk fails: then there are others
-            return False
-        self.count(-size)
-        return True
+            return None
 
     def _files(self) -> Iterator[tuple[str, os.stat_result]]:
         """Yield the path of each blob and part, and what the disk says of it."""
