@@ -15,6 +15,7 @@ import socket
 import ssl
 import sys
 import time
+from base64 import b64encode
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Iterator
@@ -37,6 +38,8 @@ from urllib.parse import urlsplit
 import click
 import requests
 from requests.adapters import HTTPAdapter
+from urllib3.exceptions import NameResolutionError
+from urllib3.exceptions import NewConnectionError
 from werkzeug.datastructures import WWWAuthenticate
 
 from settings import parse_url
@@ -67,14 +70,18 @@ MENDS = {
     400: "If this comes from a storage host, the mirror passed Authorization on to it: S3 and R2 refuse that. After a "
     "redirect to another host it must be left out.",
     401: "Is the image's name right, and is it public? Does the terminator pass the Authorization header on?",
-    403: "The mirror or the registry refuses this client or this image: see MIRROR_ALLOW_… and MIRROR_DENY_….",
+    403: "The mirror or the registry refuses this client or this image: see MIRROR_ALLOW_CLIENTS, MIRROR_DENY_CLIENTS, "
+    "MIRROR_ALLOW_IMAGES and MIRROR_DENY_IMAGES.",
     404: "Is the image's name right? Does the URL end with the secret path (MIRROR_PATH_PREFIX), if there is one? "
-    "Does the terminator pass all paths on as they are?",
+    "Does the terminator pass all paths on as they are? To a User-Agent that MIRROR_BLOCK_AGENTS names, the mirror is "
+    "not there; this one is docker-mirror-check.",
     405: "Let the terminator pass GET and HEAD on.",
     429: "Wait, or give the registry an account of the mirror's own or another endpoint (MIRROR_REGISTRIES).",
     502: "In JSON: the mirror cannot reach the registry; its log says why. In HTML: the terminator cannot reach the "
     "mirror; does it run, at the address that the terminator asks?",
 }
+DNS_MEND = "Is the name right, and has it an A or AAAA record? Does the name server of this host answer?"
+CONNECT_MEND = "Does the web server run, and does the firewall let this port through?"
 CERTIFICATE_FAULTS = {  # by OpenSSL's number, x509_vfy.h
     9: ("is not valid yet", "Is the clock of this host right?"),
     10: ("has expired", "Renew it, and see why that did not happen by itself. Is the clock of this host right?"),
@@ -107,29 +114,47 @@ class Stop(Exception):
 
 @dataclass
 class Step:
-    """Hold one step of a pull: the status of its last answer, what it tells, and what is wrong."""
+    """Hold one step of a pull: the status of its last answer, what it tells, and what is wrong.
+
+    A note says what the owner should know though nothing is wrong.
+    """
 
     name: str
     status: int | None = None
     told: str = ""
     seconds: float = 0
+    notes: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
 
+IMAGE_NAME = re.compile(
+    r"(?:([a-z0-9][a-z0-9.-]*:[0-9]{1,5})/)?([a-z0-9][a-z0-9._/-]*)(:[A-Za-z0-9_][A-Za-z0-9_.-]*)?(@[a-z0-9]+:[a-f0-9]+)?"
+)
+
+
 class Image(NamedTuple):
-    """Name an image as a client of the mirror asks for it."""
+    """Name an image as a client of the mirror asks for it.
+
+    A path may name a registry, but for one with a port: that is asked for as containerd asks, by ``ns``.
+    """
 
     repository: str
     reference: str
+    ns: str | None = None
 
     @classmethod
     def parse(cls, text: str) -> Image:
         """Read a name as docker does; raise ValueError where it is none."""
-        found = re.fullmatch(r"([a-z0-9][a-z0-9._/-]*)(:[A-Za-z0-9_][A-Za-z0-9_.-]*)?(@[a-z0-9]+:[a-f0-9]+)?", text)
+        found = IMAGE_NAME.fullmatch(text)
         if found is None:
             raise ValueError(f"{text!r} is no image such as nginx, nginx:1.28 or ghcr.io/owner/image")
-        name = found[1].removeprefix("docker.io/")
-        return cls(name if "/" in name else f"library/{name}", (found[3] or found[2] or ":latest")[1:])
+        ns, name, reference = found[1], found[2].removeprefix("docker.io/"), (found[4] or found[3] or ":latest")[1:]
+        return cls(name if "/" in name or ns else f"library/{name}", reference, ns)
+
+    @property
+    def query(self) -> str:
+        """Return the end of each URL of the image."""
+        return f"?ns={quote(self.ns)}" if self.ns else ""
 
 
 def parse_platform(text: str | None) -> tuple[str, ...]:
@@ -156,6 +181,13 @@ class Adapter(HTTPAdapter):
         """Leave the connection alone: the context verifies."""
 
 
+class Login(NamedTuple):
+    """Hold the user and the password that a client sends to the realm."""
+
+    user: str
+    password: str
+
+
 Progress = Callable[[int], object]  # is told of each count of bytes
 
 
@@ -175,7 +207,8 @@ def progress_bar(length: int) -> Iterator[Progress]:
 class Walk:
     """Take the steps of a pull, one after the other.
 
-    `wanted` is the platform, `ca` a file of authorities trusted besides the system's, `progress` shows a transfer.
+    `wanted` is the platform, `ca` a file of authorities trusted besides the system's, `progress` shows a transfer,
+    `login` goes to the realm and nowhere else.
     """
 
     def __init__(
@@ -185,9 +218,10 @@ class Walk:
         wanted: tuple[str, ...],
         ca: str | None = None,
         progress: Callable[[int], Any] = no_progress,
+        login: Login | None = None,
     ) -> None:
         self._url, self._parts = url, urlsplit(url)
-        self._image, self._wanted, self._progress = image, wanted, progress
+        self._image, self._wanted, self._progress, self._login = image, wanted, progress, login
         self._context = ssl.create_default_context()
         if ca is not None:
             self._context.load_verify_locations(ca)
@@ -198,6 +232,7 @@ class Walk:
         self._port = self._parts.port or (443 if self._parts.scheme == "https" else 80)
         self._addresses: list[str] = []
         self._token: str | None = None
+        self._is_trusted = True  # the realm: else no password goes there
         self._noted: set[str] = set()
         self._part_seconds: dict[str, float] = {}  # by digest: until the first byte of a part of the blob came
         self._todo: deque[tuple[str, Callable[[Step], None]]] = deque()
@@ -235,7 +270,7 @@ class Walk:
         except (OSError, UnicodeError) as error:
             raise Stop(
                 f"DNS: {host} has no address: {getattr(error, 'strerror', None) or error}",
-                "Is the name right, and has it an A or AAAA record? Does the name server of this host answer?",
+                DNS_MEND,
             ) from None
         self._addresses = list(dict.fromkeys(str(address[4][0]) for address in found))
         step.told = " ".join(self._addresses)
@@ -254,7 +289,7 @@ class Walk:
             told = ", ".join(f"{address} ({why})" for address, why in failed.items()) or "there is no route to it"
             raise Stop(
                 f"nothing answers at port {self._port}: {told}",
-                "Does the web server run, and does the firewall let this port through?",
+                CONNECT_MEND,
             )
         for address, why in failed.items():
             self._note(
@@ -303,39 +338,68 @@ class Walk:
         return None
 
     def _challenged(self, step: Step, response: requests.Response) -> None:
-        found = WWWAuthenticate.from_header(response.headers.get("WWW-Authenticate"))
-        realm = str(found.parameters.get("realm") or "") if found is not None else ""
-        if found is None or found.type != "bearer" or not re.match(r"https?://[^/]", realm):
+        realm, service = challenge(response)
+        if not re.match(r"https?://[^/]", realm):
             raise Stop(
                 "401 without a Bearer challenge that names a realm",
                 "Does the terminator ask for a login of its own, or take WWW-Authenticate out? It must do neither.",
             )
-        self._judge(step, realm)
         step.told = f"tokens are to be had at {realm.partition('?')[0]}"
-        self._todo.appendleft(("token", partial(self._get_token, realm, found.parameters.get("service"))))
+        self._todo.appendleft(("token", partial(self._get_token, realm, service)))
+        self._judge(step, realm)
 
     def _judge(self, step: Step, realm: str) -> None:
         """Note what is wrong with a realm: clients send their logins there."""
         parts, https = urlsplit(realm), self._parts.scheme == "https"
         port = parts.port or (self._port if parts.scheme != self._parts.scheme else 443 if https else 80)
-        if (parts.scheme, self._parts.scheme) == ("http", "https"):
-            self._note(step, f"the realm is not https, though the mirror is: {realm}", HOST_MEND)
-        if (parts.hostname, port) != (self._parts.hostname, self._port):
-            self._note(step, f"the realm is on another host, {parts.netloc}, which clients may not reach", HOST_MEND)
+        is_elsewhere = (parts.hostname, port) != (self._parts.hostname, self._port)
+        if is_elsewhere and not https and parts.scheme == "https":  # by MIRROR_PUBLIC_URL, and asked behind its back
+            step.notes.append(
+                f"tokens are to be had at {parts.netloc}: whoever pulls from {self._url} must reach it too"
+            )
+            return self._todo.appendleft(("realm", partial(self._look_at_realm, realm)))
+        if https and parts.scheme == "http":
+            self._distrust(step, f"the realm is not https, though the mirror is: {realm}", HOST_MEND)
+        if is_elsewhere:
+            self._distrust(
+                step, f"the realm is on another host, {parts.netloc}, which clients may not reach", HOST_MEND
+            )
         elif not parts.path.startswith(f"{self._parts.path}/"):
-            self._note(
+            self._distrust(
                 step,
                 f"the realm is not below the mirror's path: {realm}",
                 "Set MIRROR_PATH_PREFIX to that path, and let the terminator pass it on.",
             )
+        return None
+
+    def _distrust(self, step: Step, what: str, mend: str) -> None:
+        """Note what is wrong with a realm, and keep the password from it."""
+        self._is_trusted = False
+        self._note(step, what, mend)
+
+    def _look_at_realm(self, realm: str, step: Step) -> None:
+        """See whether a realm at another address is a mirror's own: its ``/v2/`` leads to this very realm."""
+        base = realm.partition("?")[0].rpartition("/token")[0]
+        response = self._ask(step, "GET", f"{base}/v2/") if base else None
+        if response is not None and response.status_code == 401 and challenge(response)[0] == realm:
+            step.told = f"{base} is a mirror too"
+        else:
+            self._distrust(
+                step, f"{realm.partition('?')[0]} is no token endpoint of a mirror", "Is MIRROR_PUBLIC_URL right?"
+            )
 
     def _get_token(self, realm: str, service: Any, step: Step) -> None:
+        if self._login and not self._is_trusted:
+            raise Stop("the password is not sent there", "Mend what is said of the realm first: docker would send it.")
         query = {"service": service, "scope": f"repository:{self._image.repository}:pull"}
+        if self._login:
+            query["account"] = self._login.user
         joint = "&" if "?" in realm else "?"
         url = realm + joint + urlencode({key: value for key, value in query.items() if value})
-        response = self._ask(step, "GET", url)
+        response = self._ask(step, "GET", url, basic(self._login) if self._login else None)
         if response.status_code == 401:
-            raise Stop(f"401: {said(response)}", "This mirror is for its own users: the check sends no login.")
+            mend = "Are name and password right?" if self._login else "This mirror is for its own users: --user NAME."
+            raise Stop(f"401: {said(response)}", mend)
         if response.status_code != 200:
             raise refusal(response)
         content = as_json(response)
@@ -344,7 +408,7 @@ class Walk:
             raise Stop("the answer holds no token", "Does another program than the mirror answer at this path?")
         self._token = token
         self._see_clock(step, "the token's issued_at", str(content.get("issued_at") or ""), datetime.fromisoformat)
-        step.told = f"valid for {content.get('expires_in', 60)} s"
+        step.told = f"valid for {content.get('expires_in', 60)} s" + (f", as {self._login.user}" if self._login else "")
 
     # The image
 
@@ -386,7 +450,7 @@ class Walk:
         content = as_json(response, body)
         try:
             self._plan(content)
-        except (LookupError, TypeError, ValueError, AttributeError):
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError):
             raise Stop(
                 "this is no manifest that dockerd knows", "Does another program than the mirror answer?"
             ) from None
@@ -474,7 +538,8 @@ class Walk:
 
     def _fetch(self, step: Step, method: str, resource: str, headers: Mapping[str, str]) -> requests.Response:
         """Ask for a part of the image. Where the mirror redirects, go there as clients do, and note it."""
-        response = self._ask(step, method, f"{self._url}/v2/{self._image.repository}/{resource}", headers)
+        url = f"{self._url}/v2/{self._image.repository}/{resource}{self._image.query}"
+        response = self._ask(step, method, url, headers)
         for _ in range(MAX_REDIRECTS):
             if response.status_code not in REDIRECTS:
                 break
@@ -528,9 +593,9 @@ class Walk:
         """Note a time that is not now."""
         try:
             told = parse(text)
-        except ValueError:
+            off = (told if told.tzinfo else told.replace(tzinfo=UTC)).timestamp() - time.time()
+        except (ValueError, OverflowError):  # of a year with more digits than datetime takes
             return
-        off = (told if told.tzinfo else told.replace(tzinfo=UTC)).timestamp() - time.time()
         if abs(off) > CLOCK_SECONDS:
             self._note(
                 step,
@@ -544,7 +609,7 @@ def sensible() -> Iterator[None]:
     """Turn what a URL, a number or a name raises that is none into the end of the walk."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise Stop(
             f"the answer makes no sense: {readable(str(error))}", "Does another program than the mirror answer?"
         ) from None
@@ -555,22 +620,46 @@ def broken() -> Iterator[None]:
     """Turn what requests raises into the end of the walk."""
     try:
         yield
-    except requests.Timeout:
-        raise Stop(
+    except requests.RequestException as error:
+        raise fault(error) from None
+
+
+def fault(error: requests.RequestException) -> Stop:
+    """Return what is wrong where no answer came, or not all of it."""
+    causes = list(chain(error))
+    place = urlsplit(getattr(error.request, "url", None) or "").netloc or "the mirror"
+    inner = causes[-1]
+    if isinstance(inner, ssl.SSLCertVerificationError):
+        stop = tls_fault(inner)
+        return Stop(f"{place}: {stop.problem.what}", stop.problem.mend)
+    if any(isinstance(cause, NameResolutionError) for cause in causes):
+        return Stop(f"DNS: {place} has no address", DNS_MEND)
+    if isinstance(error, requests.ConnectTimeout):
+        return Stop(f"{place} does not answer within {CONNECT_SECONDS} s", CONNECT_MEND)
+    if any(isinstance(cause, NewConnectionError) for cause in causes):
+        return Stop(f"nothing answers at {place}: {root_cause(error)}", CONNECT_MEND)
+    if isinstance(error, requests.Timeout):
+        return Stop(
             f"the mirror was silent for {SILENT_SECONDS} s",
             "dockerd would wait for ever. The mirror's log says whom it asked; is the way to the registry open?",
-        ) from None
-    except requests.RequestException as error:
-        raise Stop(
-            f"the connection broke off: {root_cause(error)}",
-            "The log of the mirror and of the terminator say why; are the terminator's time limits long enough?",
-        ) from None
+        )
+    return Stop(
+        f"the connection broke off: {root_cause(error)}",
+        "The log of the mirror and of the terminator say why; are the terminator's time limits long enough?",
+    )
+
+
+def chain(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error of requests and the reasons in it, the innermost one last."""
+    yield error
+    inner = getattr(error, "reason", None) or next((a for a in reversed(error.args) if isinstance(a, Exception)), None)
+    if isinstance(inner, Exception):
+        yield from chain(inner)
 
 
 def root_cause(error: BaseException) -> str:
     """Return the innermost reason of an error of requests; the outer ones hold the whole URL."""
-    inner = getattr(error, "reason", None) or next((a for a in reversed(error.args) if isinstance(a, Exception)), None)
-    return root_cause(inner) if isinstance(inner, Exception) else readable(str(error).rpartition(": ")[2])
+    return readable(str(list(chain(error))[-1]).rpartition(": ")[2])
 
 
 def tls_fault(error: OSError) -> Stop:
@@ -584,6 +673,19 @@ def tls_fault(error: OSError) -> Stop:
         f"TLS fails: {getattr(error, 'reason', None) or error.strerror or error}",
         "Does the web server have a certificate for this name?",
     )
+
+
+def challenge(response: requests.Response) -> tuple[str, Any]:
+    """Return realm and service of a Bearer challenge; an empty realm where there is none."""
+    found = WWWAuthenticate.from_header(response.headers.get("WWW-Authenticate"))
+    if found is None or found.type != "bearer":
+        return "", None
+    return str(found.parameters.get("realm") or ""), found.parameters.get("service")
+
+
+def basic(login: Login) -> dict[str, str]:
+    """Return the header by which docker sends a login to the realm."""
+    return {"Authorization": f"Basic {b64encode(':'.join(login).encode()).decode()}"}
 
 
 def refusal(response: requests.Response) -> Stop:
@@ -676,12 +778,12 @@ def printable(text: str) -> str:
     return "".join(character if character.isprintable() else " " for character in text)
 
 
-def run(url: str, image: str, wanted: str | None, ca: str | None, in_json: bool) -> bool:
+def run(url: str, image: str, wanted: str | None, ca: str | None, in_json: bool, login: Login | None = None) -> bool:
     """Walk a pull and print its steps; return whether all is well. Raise click.UsageError for a wrong argument."""
     progress = progress_bar if sys.stderr.isatty() and not in_json else no_progress
     try:
         mirror, chosen = parse_url(url), parse_platform(wanted)
-        walk = Walk(mirror, Image.parse(image), chosen, ca, progress)
+        walk = Walk(mirror, Image.parse(image), chosen, ca, progress, login)
     except (ValueError, OSError) as error:  # OSError: of the file of authorities
         raise click.UsageError(str(error)) from None
     steps = []
@@ -705,9 +807,11 @@ def report(url: str, image: str, wanted: tuple[str, ...], steps: list[Step]) -> 
 
 
 def lines(step: Step) -> Iterator[str]:
-    """Yield the lines of a step: verdict, seconds, status, name, what it tells; then its problems."""
+    """Yield the lines of a step: verdict, seconds, status, name, what it tells; then its notes and problems."""
     verdict = "ok" if not step.problems else "WRONG" if any(problem.sure for problem in step.problems) else "maybe"
     yield f"{verdict:5} {step.seconds:8.3f} s  {step.status or '':3}  {step.name:17}  {step.told}".rstrip()
+    for note in step.notes:
+        yield f"      note: {note}"
     for problem in step.problems:
         yield f"      {'' if problem.sure else 'perhaps: '}{problem.what}"
         yield f"      -> {problem.mend}"

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import os
+import json
 import re
 import sys
 import textwrap
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
+from pathlib import Path
+from typing import Any
 
 import click
 
 import keeping
 from check import IMAGE
+from check import Login
 from check import run
 from mirror import __version__
 from settings import Config
@@ -25,8 +29,17 @@ from settings import variable
 
 @click.group()
 @click.version_option(__version__, prog_name="docker-mirror")
-def main() -> None:
+@click.option(
+    "--env-file",
+    metavar="FILE",
+    type=click.Path(exists=True, dir_okay=False, readable=True, path_type=Path),
+    help=f"The service's settings; variables of the environment go before them. {keeping.ENV_FILE} if left out, and if "
+    "it can be read. Relative paths in it start at its folder.",
+)
+@click.pass_context
+def main(context: click.Context, env_file: Path | None) -> None:
     """Look after a docker-mirror."""
+    context.obj = env_file
 
 
 main.add_command(keeping.commands)
@@ -41,29 +54,70 @@ def settings(markdown: bool, env: bool) -> None:
         click.echo("\n".join(settings_table() if markdown else settings_file()))
         return
     try:
-        config = Config.from_environ(os.environ)
+        file, environ = keeping.environment()
+        config = Config.from_environ(environ)
         registries = load_registries(config)
         load_users(config)
     except ConfigError as error:
         raise click.ClickException(str(error)) from None
+    if file:
+        click.echo(f"# {file}, and the environment")
+    elif keeping.is_hidden():
+        click.echo(f"{keeping.ENV_FILE} is not yours to read: these are not the service's settings", err=True)
     for item in fields(Config):
         click.echo(f"{variable(item)}={shown(getattr(config, item.name))}")
     for registry in registries.values():
         click.echo(f"# {registry.name}: {' '.join(registry.endpoints)}")
 
 
-@main.command()
+class InJson(click.Command):
+    """Tell of a wrong argument in JSON too, where that is what the command prints."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Read the arguments."""
+        with self._told(ctx, "--json" in args):
+            return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Do what is asked."""
+        with self._told(ctx, ctx.params["in_json"]):
+            return super().invoke(ctx)
+
+    @contextmanager
+    def _told(self, ctx: click.Context, in_json: bool) -> Iterator[None]:
+        try:
+            yield
+        except click.UsageError as error:
+            if not in_json:
+                raise
+            click.echo(json.dumps({"ok": False, "error": error.format_message()}, indent=2))
+            raise click.exceptions.Exit(error.exit_code) from None
+
+
+@main.command(cls=InJson)
 @click.argument("url")
 @click.argument("image", default=IMAGE)
 @click.option("--platform", metavar="OS/ARCH", help="Platform of the image; this host's if left out.")
 @click.option("--ca", type=click.Path(exists=True, dir_okay=False), help="Authorities to trust besides the system's.")
+@click.option("--user", metavar="NAME", help="Log in, as docker does; the password is asked for, or read from stdin.")
 @click.option("--json", "in_json", is_flag=True, help="Print one JSON object.")
-def check(url: str, image: str, platform: str | None, ca: str | None, in_json: bool) -> None:
+def check(url: str, image: str, platform: str | None, ca: str | None, user: str | None, in_json: bool) -> None:
     """Pull IMAGE (busybox if left out) through the mirror at URL as dockerd does; say what is wrong and how to mend it.
 
-    Nothing is kept. No login and no proxy is used. The exit status is 1 where something is wrong.
+    Nothing is kept. No proxy is used. The exit status is 1 where something is wrong, and 2 for a wrong argument.
     """
-    sys.exit(0 if run(url, image, platform, ca, in_json) else 1)
+    login = Login(user, read_password()) if user is not None else None
+    sys.exit(0 if run(url, image, platform, ca, in_json, login) else 1)
+
+
+def read_password() -> str:
+    """Return a password: from a terminal by a prompt, else the first line of stdin; raise UsageError for none."""
+    if sys.stdin.isatty():
+        return str(click.prompt("Password", hide_input=True, err=True))
+    password = sys.stdin.readline().rstrip("\r\n")
+    if not password:
+        raise click.UsageError("no password came on stdin")
+    return password
 
 
 def settings_table() -> Iterator[str]:

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
+from contextlib import chdir
 from contextlib import closing
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -58,7 +59,9 @@ from settings import ConfigError
 from settings import did_you_mean
 from settings import load_registries
 from settings import parse_url
+from settings import read_env_file
 
+MIRROR = "http://127.0.0.1:5000"  # as deploy.sh and the socket unit let it listen
 UNDER_WAY = 600  # seconds within which what came or was used may be part of a pull whose manifest is not kept yet
 EVERYTHING = "all"  # platforms
 
@@ -234,10 +237,45 @@ ROOT = (0, 0)  # user and group
 as_root = acting_as(*ROOT)  # for methods
 
 
+ENV_FILE = "/etc/docker-mirror/docker-mirror.env"  # the unit's EnvironmentFile=; its folder is WorkingDirectory=
+NAMES_A_FILE = ("MIRROR_REGISTRIES", "MIRROR_USERS")
+
+
+def environment() -> tuple[Path | None, dict[str, str]]:
+    """Return the service's file of settings, if one is read, and all variables: the environment's go before its own.
+
+    The file is the one of --env-file, else the usual one. Where it names a file, relative paths start at its folder
+    from then on, until the command ends, as they do for the service. Raises ConfigError.
+    """
+    root = click.get_current_context().find_root()
+    if "environment" not in root.meta:
+        root.meta["environment"] = _read_environment(root)
+    found: tuple[Path | None, dict[str, str]] = root.meta["environment"]
+    return found
+
+
+def _read_environment(root: click.Context) -> tuple[Path | None, dict[str, str]]:
+    own = dict(os.environ)
+    file = root.obj or (Path(ENV_FILE) if os.access(ENV_FILE, os.R_OK) else None)
+    if file is None:
+        return None, own
+    # The lower case of a proxy's variable goes before the upper one, and may stand in the other of the two places.
+    read = {name: text for name, text in read_env_file(file).items() if not {name.lower(), name.upper()} & own.keys()}
+    if any(read.get(name) for name in NAMES_A_FILE):
+        own |= {name: os.path.abspath(own[name]) for name in NAMES_A_FILE if own.get(name)}
+        root.with_resource(chdir(file.absolute().parent))
+    return file, {**read, **own}
+
+
+def is_hidden() -> bool:
+    """Tell whether the service's settings are there, but not for this user's eyes."""
+    return not os.access(ENV_FILE, os.R_OK) and os.path.exists(ENV_FILE)
+
+
 def read_settings(folder: str | None) -> Config:
     """Return the settings, with another folder in place of the one that is set; raise ConfigError."""
-    named = {} if folder is None else {"MIRROR_CACHE_DIR": os.path.abspath(folder)}
-    return Config.from_environ({**os.environ, **named})
+    named = {} if folder is None else {"MIRROR_CACHE_DIR": folder}
+    return Config.from_environ({**environment()[1], **named})
 
 
 @contextmanager
@@ -245,7 +283,8 @@ def opened(config: Config, limits: Limits | None = None) -> Iterator[Cache]:
     """Open the store, and act as its owner meanwhile; raise ClickException where there is none, or it is another's."""
     limits = limits or Limits(config.cache_size, config.cache_min_free, config.cache_max_age)
     if config.cache_dir is None:
-        raise click.ClickException("no cache is set: MIRROR_CACHE_DIR, or --dir, names its folder")
+        hint = f"; {ENV_FILE} is for root's eyes" if is_hidden() else ""
+        raise click.ClickException(f"no cache is set: MIRROR_CACHE_DIR, or --dir, names its folder{hint}")
     fd = _open_folder(config.cache_dir)
     owner = os.fstat(fd)
     if os.geteuid() not in (0, owner.st_uid):
@@ -392,7 +431,8 @@ def find_image(text: str, library: Library, config: Config) -> Name:
     if text in images:
         return images[text]
     try:
-        wanted = shown(read_name(text, config))
+        with acting_as(*ROOT):  # passwords that the registries file names may be for its eyes alone
+            wanted = shown(read_name(text, config))
     except (ConfigError, MirrorError) as error:
         raise click.ClickException(str(error)) from None
     if wanted in images:
@@ -885,7 +925,15 @@ def _give(fd: int, user: int, group: int) -> None:
 # Commands
 # ---------------------------------------------------------------------------------------------------------------------
 
-folder_option = click.option("--dir", "folder", metavar="DIR", help="The cache's folder, in place of MIRROR_CACHE_DIR.")
+
+def absolute(context: click.Context, parameter: click.Parameter, path: str | None) -> str | None:
+    """Return a path from the root: later, relative ones may start elsewhere."""
+    return None if path is None else os.path.abspath(path)
+
+
+folder_option = click.option(
+    "--dir", "folder", metavar="DIR", callback=absolute, help="The cache's folder, in place of MIRROR_CACHE_DIR."
+)
 
 
 @contextmanager
@@ -925,15 +973,17 @@ def list_(as_json: bool, folder: str | None) -> None:
 @commands.command()
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE…")
 @click.option("--platform", "platforms", multiple=True, help="Such as linux/arm64, or all; several may be given.")
-@click.option("--mirror", "url", default="http://127.0.0.1:5000", show_default=True, help="Where the mirror is.")
+@click.option(
+    "--mirror", "url", help=f"Where the mirror is: {MIRROR}, and MIRROR_PATH_PREFIX if it is set, if left out."
+)
 @told()
-def warm(images: tuple[str, ...], platforms: tuple[str, ...], url: str) -> None:
+def warm(images: tuple[str, ...], platforms: tuple[str, ...], url: str | None) -> None:
     """Pull images through the running mirror, so that it keeps them. Without --platform: what this host would pull."""
-    config = Config.from_environ(os.environ)
+    config = read_settings(None)
     names = [read_name(image, config) for image in images]
     wanted = tuple(platform.replace("arm64/v8", "arm64") for platform in platforms) or (host_platform(),)
     try:
-        client = Client(parse_url(url))
+        client = Client(parse_url(url or MIRROR + config.path_prefix))
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--mirror") from None
     if not warm_images(client, names, wanted):
@@ -976,7 +1026,8 @@ def verify(folder: str | None) -> None:
 @told()
 def prune(folder: str | None) -> None:
     """Remove what no kept name leads to, and what is abandoned, and keep within the bounds."""
-    is_bounded = folder is None or "MIRROR_CACHE_SIZE" in os.environ
+    usual = os.path.normpath(environment()[1].get("MIRROR_CACHE_DIR", ""))
+    is_bounded = "MIRROR_CACHE_SIZE" in os.environ or folder in (None, usual)
     with opened(read_settings(folder), None if is_bounded else Limits(sys.maxsize)) as cache:
         records, freed = prune_store(cache)
         tidied = cache.tidy()
@@ -988,7 +1039,7 @@ def prune(folder: str | None) -> None:
 
 
 @commands.command("import")
-@click.argument("source", metavar="DIR")
+@click.argument("source", metavar="DIR", callback=absolute)
 @click.option("--registry", default="docker.io", show_default=True, help="The registry whose images are there.")
 @click.option("--copy", "copies", is_flag=True, help="Copy, and make no hard links: for a registry that goes on.")
 @folder_option
@@ -998,7 +1049,7 @@ def import_(source: str, registry: str, copies: bool, folder: str | None) -> Non
     config = read_settings(folder)
     name = namer(registry, config)
     with opened(config) as cache:
-        found = Source(Path(os.path.abspath(source)))
+        found = Source(Path(source))
         work = Import(cache, found, copies)
         work.run(found.roots(name))
     for line in (*(f"{digest} has other bytes than it is named by: refused" for digest in work.refused), *work.unfit):

@@ -3163,14 +3163,21 @@ def takes_body(method: str, path: str) -> bool:
 
 
 def note_request(environ: dict[str, Any]) -> None:
-    """Put into the WSGI environment what the access line shows (wsgi.py has its format); the query is not among it."""
+    """Put into the WSGI environment what the access line shows (wsgi.py has its format).
+
+    The query is not among it, nor is the secret path, which may stand in a path more than once, by a mistake.
+    """
     address = environ.get("REMOTE_ADDR", "")
     if found := WITH_PORT.fullmatch(address):  # some terminators write the port too
         address = found[1] or found[2]
     address = address.partition("%")[0]  # an IPv6 zone may be any text
     environ["mirror.client"] = address if is_address(address) else "-"
     environ["mirror.upstream"] = Trail()
-    environ["mirror.path"] = quote(environ.get("PATH_INFO", "").encode("latin-1"), safe="/:@+=,~")[:500]
+    path = quote(environ.get("PATH_INFO", "").encode("latin-1"), safe="/:@+=,~")
+    secret = environ.get("mirror.prefix")
+    while secret and secret in path:  # what is left may make another one
+        path = path.replace(secret, "")
+    environ["mirror.path"] = path[:500] or "/"
 
 
 def admit_request() -> Response | None:
@@ -3221,10 +3228,7 @@ class Terminated(ProxyFix):
 
 
 class Prefixed:
-    """Serve an application below a secret path, and nothing elsewhere: no answer there tells what this is.
-
-    The log is without the secret. A path elsewhere may hold it too, by a mistake such as a doubled slash.
-    """
+    """Serve an application below a secret path, and nothing elsewhere: no answer there tells what this is."""
 
     def __init__(self, app: Any, prefix: str) -> None:
         self.app = app
@@ -3232,12 +3236,12 @@ class Prefixed:
 
     def __call__(self, environ: Any, start_response: Any) -> Any:
         """Answer a request, by a bare 404 where its path is another one."""
+        environ["mirror.prefix"] = self._prefix
         path = below(self._prefix, environ.get("PATH_INFO", ""))
         if path is not None:
             environ.update(SCRIPT_NAME=self._prefix, PATH_INFO=path or "/")
             return self.app(environ, start_response)
         note_request(environ)
-        environ["mirror.path"] = environ["mirror.path"].replace(self._prefix, "")
         return Response("not found\n", 404, mimetype="text/plain")(environ, start_response)
 
 

@@ -84,7 +84,12 @@ def parse_path(text: str) -> str:
     path = text.rstrip("/")
     if not re.fullmatch(r"(/(?!\.{1,2}(/|$))[A-Za-z0-9._~-]+)+", path):
         raise ValueError("must be a path such as /s3cret: letters, digits and . _ ~ - after each slash")
+    if taken := [word for word in path.lower().split("/") if word in ROUTES]:
+        raise ValueError(f"/{taken[0]} is a path of the mirror itself: choose a word that nobody guesses")
     return path
+
+
+ROUTES = ("v1", "v2", "token", "healthz")  # the first words of all paths that the mirror serves
 
 
 def parse_proxy(text: str) -> str:
@@ -216,7 +221,7 @@ def parse_folder(text: str) -> str:
     """Return the path of a folder, from the root; raise ValueError where it is none."""
     if not text.startswith("/") or "\0" in text:
         raise ValueError("must be a path from the root, such as /var/cache/docker-mirror")
-    return text.rstrip("/") or "/"
+    return text.rstrip("/").rstrip() or "/"
 
 
 def parse_location(text: str) -> str:
@@ -422,9 +427,55 @@ class Config:
         for name in OF_THE_CACHE:
             if "cache_dir" not in values and values.get(name, getattr(cls, name)) != getattr(cls, name):
                 raise ConfigError(f"{PREFIX}{name.upper()}: there is no cache without {PREFIX}CACHE_DIR")
-        if "terminators" in values and values.get("proxies") == 0:
+        if values.get("terminators", LOOPBACK) != LOOPBACK and values.get("proxies") == 0:
             raise ConfigError(f"{PREFIX}TERMINATORS: {PREFIX}PROXIES=0 says that there are none")
         return cls(**values)
+
+
+ENV_LINE = re.compile(
+    r"""[ \t]*(?:
+        [#;](?P<comment>[^\n]*)
+      | (?P<name>[A-Za-z_][A-Za-z0-9_]*)[ \t]*=[ \t]*(?:
+            '(?P<single>[^']*)'[ \t]*
+          | "(?P<double>(?:[^"\\]|\\.)*)"[ \t]*
+          | (?!['"])(?P<plain>(?:[^\\\n]|\\.)*)
+        )
+    )?(?:\n|\Z)""",
+    re.VERBOSE | re.DOTALL,
+)
+
+
+def read_env_file(file: Path) -> dict[str, str]:
+    """Return the variables of a file that systemd reads as EnvironmentFile=, by its rules of quotes and backslashes.
+
+    What systemd would skip, or joins in another way, raises ConfigError, which shows no value: it may be a password.
+    Source: systemd.exec(5).
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: {getattr(error, 'strerror', None) or 'is no text'}") from None
+    values, at = {}, 0
+    while at < len(text):
+        found = ENV_LINE.match(text, at)
+        if found is None or "\0" in found[0] or (found["comment"] or "").endswith("\\"):
+            raise ConfigError(
+                f"{file}: line {text.count(chr(10), 0, at) + 1} is neither a comment nor NAME=value, with one pair of "
+                "quotes around all of the value or none"
+            )
+        if found["name"]:
+            values[found["name"]] = _unquoted(found)
+        at = found.end()
+    return values
+
+
+def _unquoted(line: re.Match[str]) -> str:
+    """Return the value of a line: the meaning of a backslash is another one within each kind of quotes."""
+    if line["single"] is not None:
+        return line["single"]
+    if line["double"] is not None:
+        return re.sub(r"\\(?:\n|([\"\\`$]))", lambda found: found[1] or "", line["double"])
+    return re.sub(r"\\(?:\n|(.))", lambda found: found[1] or "", line["plain"]).strip()
 
 
 OF_THE_CACHE = ("cache_size", "cache_min_free", "cache_max_age", "cache_finish", "accel", "tag_ttl", "stale")
@@ -519,7 +570,7 @@ def load_users(config: Config) -> dict[str, bytes]:
         return {}
     where = f"{PREFIX}USERS: {config.users}"
     try:
-        lines = (Path(config.credentials or "") / config.users).read_text(encoding="utf-8").splitlines()
+        lines = _credential(config.users, config.credentials).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{where}: {getattr(error, 'strerror', None) or 'is no text'}") from None
     users: dict[str, bytes] = {}
@@ -535,6 +586,14 @@ def load_users(config: Config) -> dict[str, bytes]:
     if not users:
         raise ConfigError(f"{where}: names nobody: write a user with htpasswd -B")
     return users
+
+
+def _credential(file: str, credentials: str | None) -> Path:
+    """Return where a secret is: systemd has copied it, and named it after its folder, or it still stands there."""
+    path = Path(credentials or "") / file
+    if credentials is None and not path.exists() and file.startswith("credentials_"):
+        return Path("credentials") / file.removeprefix("credentials_")
+    return path
 
 
 BCRYPT = re.compile(r"\$2[aby]\$(0[4-9]|1[0-4])\$[./A-Za-z0-9]{21}[.Oeu][./A-Za-z0-9]{31}")
@@ -649,7 +708,7 @@ def _read_proxy(value: Any) -> str:
 def _read_password(file: str, credentials: str | None) -> str:
     """Return the first line of a password file; raise ValueError where there is none."""
     try:
-        lines = (Path(credentials or "") / file).read_text(encoding="utf-8").splitlines()
+        lines = _credential(file, credentials).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: {getattr(error, 'strerror', None) or 'is no text'}") from None
     if not lines or not lines[0]:

@@ -272,6 +272,10 @@ forwarded_allow_ips = ""
 forwarder_headers = ""
 
 
+def pre_request(worker: Any, req: Any) -> None:
+    """Say nothing: gunicorn's own hook would log each path for debug, and with it the secret one."""
+
+
 def when_ready(server: Any) -> None:
     """Before the workers are forked: bound what a client may cost, and share all objects made so far.
 

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import click.testing
 import pytest
 import requests
 from conftest import needs
@@ -39,6 +40,8 @@ from serving import HOST
 from serving import ROOT
 from serving import Mirror
 
+import cli
+import keeping
 from cache import Cache
 from cache import Limits
 from cache import Name
@@ -66,8 +69,13 @@ def settings(folder: Path, **more: object) -> dict[str, str]:
 
 def run(*arguments: object, **environ: str) -> Ended:
     """Run the command as its owner does."""
+    return run_with(Path(os.devnull), *arguments, **environ)
+
+
+def run_with(env_file: Path, *arguments: object, **environ: str) -> Ended:
+    """Run the command with another file of settings than this host's."""
     inherited = {name: value for name, value in clean_environment().items() if not name.startswith("MIRROR_")}
-    command = [sys.executable, "-m", "cli", "cache", *map(str, arguments)]
+    command = [sys.executable, "-m", "cli", "--env-file", str(env_file), "cache", *map(str, arguments)]
     return subprocess.run(
         command, cwd=ROOT, env=inherited | environ, capture_output=True, text=True, timeout=120, check=False
     )
@@ -250,6 +258,43 @@ def as_nobody(folder: str) -> str:
     ended = subprocess.run(command, cwd=ROOT, env=inherited, capture_output=True, text=True, timeout=60, check=False)
     assert ended.returncode == 1, ended.stdout + ended.stderr
     return ended.stderr
+
+
+def test_the_cache_is_the_one_that_the_services_file_names(hub: Hub, copied: Path, tmp_path: Path) -> None:
+    """As root, and where all that is kept, and the password of the registry, are for other eyes."""
+    needs("root")
+    home = tmp_path / "etc"
+    (home / "credentials").mkdir(parents=True)
+    (home / "credentials").chmod(0o700)
+    (home / "credentials/hub").write_text("wonderland\n")
+    account = {"username": "a", "password_file": "credentials_hub", "endpoints": [hub.registry_url]}
+    write_registries(home / "mine.toml", {"docker.io": account})
+    for path in (copied, *copied.rglob("*")):
+        os.chown(path, NOBODY, NOBODY)
+    file = home / "docker-mirror.env"
+    file.write_text(f"# settings\nMIRROR_CACHE_DIR='{copied}'\nMIRROR_REGISTRIES=mine.toml\n")
+    for command in (("remove", "redis"), ("list",), ("verify",), ("prune",), ("prune", "--dir", copied)):
+        ended = run_with(file, *command)
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        assert "MIRROR_CACHE_SIZE is not set here" not in ended.stdout
+    assert REDIS not in run_with(file, "list").stdout
+    assert NGINX in run_with(file, "list").stdout
+    assert "nothing is kept" in run_with(file, "list", MIRROR_CACHE_DIR=str(home)).stdout, "the environment goes before"
+    file.write_text("MIRROR_CACHE_DIR")
+    assert "line 1 is neither a comment nor NAME=value" in run_with(file, "list").stderr
+
+
+def test_the_services_mirror_is_warmed_below_its_secret_path(
+    hub: Hub, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "docker-mirror.env"
+    file.write_text("MIRROR_PATH_PREFIX=/s3cret\n")
+    with Mirror(registries=hub.registries_file, path_prefix="/s3cret", cache_dir=folder, cache_min_free=0) as hidden:
+        monkeypatch.setattr(keeping, "MIRROR", f"http://{hidden.host}")
+        arguments = ["--env-file", str(file), "cache", "warm", "redis", "--platform=linux/amd64"]
+        ended = click.testing.CliRunner().invoke(cli.main, arguments)
+    assert ended.exit_code == 0, ended.output
+    assert files(folder)
 
 
 # Warm

@@ -25,13 +25,19 @@ import click.testing
 import pytest
 import trustme
 from conftest import needs
+from hub import PASSWORD
+from hub import USER
 from hub import Hub
 from images import DOCKER_MANIFEST
 from images import MIB
 from lab import refuse
 from parts import Premises
 from processes import clean_environment
+from processes import free_port
+from registries import BASIC_PASSWORD
+from registries import BASIC_USER
 from registries import HTPASSWD
+from serving import HOST
 from serving import ROOT
 from serving import Mirror
 from terminator import Terminator
@@ -52,8 +58,8 @@ HTML = {"Content-Type": "text/html"}
 TLS = "proxy_set_header Host $http_host; proxy_set_header X-Forwarded-Proto https; proxy_buffering off;"
 
 
-def walk(*arguments: str) -> click.testing.Result:
-    return click.testing.CliRunner().invoke(cli.main, ["check", *arguments])
+def walk(*arguments: str, stdin: str = "") -> click.testing.Result:
+    return click.testing.CliRunner().invoke(cli.main, ["check", *arguments], input=stdin)
 
 
 def told(ended: click.testing.Result) -> str:
@@ -94,6 +100,7 @@ def spoiled(mirror: Mirror, rules: str) -> Iterator[Spoiler]:
 
 def test_a_pull_is_walked_as_dockerd_does(hub: Hub) -> None:
     with Mirror(registries=hub.registries_file) as own:
+        own.wait_for_requests(1, 0)  # by which the test saw that it serves
         since = own.mark()
         ended = walk(own.url, "bitnami/postgresql", PLATFORM)
         asked = own.wait_for_requests(10, since)
@@ -195,6 +202,128 @@ def test_a_wrong_argument_is_told_and_nobody_is_asked(arguments: tuple[str, ...]
     ended = walk(*arguments)
     assert ended.exit_code == 2
     assert "Error: " in ended.output
+    in_json = walk(*arguments, "--json")
+    assert in_json.exit_code == 2
+    assert json.loads(in_json.output)["ok"] is False
+    assert json.loads(in_json.output)["error"] in ended.output
+
+
+def test_an_argument_that_is_missing_is_told_in_json_too() -> None:
+    ended = walk("--json")
+    assert (ended.exit_code, json.loads(ended.output)) == (2, {"ok": False, "error": "Missing argument 'URL'."})
+
+
+@pytest.mark.parametrize(
+    ("text", "image"),
+    [
+        ("nginx", ("library/nginx", "latest", None)),
+        ("docker.io/nginx:1.28", ("library/nginx", "1.28", None)),
+        ("registry.example:5000/me/img", ("me/img", "latest", "registry.example:5000")),
+        ("registry.example:5000/img:v1", ("img", "v1", "registry.example:5000")),
+        (f"localhost:5000/img@sha256:{'a' * 64}", ("img", f"sha256:{'a' * 64}", "localhost:5000")),
+        ("img:5000", ("library/img", "5000", None)),
+    ],
+)
+def test_an_image_is_read_as_docker_reads_it(text: str, image: tuple[str, str, str | None]) -> None:
+    assert check.Image.parse(text) == check.Image(*image)
+
+
+def test_an_image_of_a_registry_with_a_port_is_walked(hub: Hub, tmp_path: Path) -> None:
+    file = tmp_path / "registries.toml"
+    table = hub.registries_file.read_text()
+    file.write_text(table + table.replace('["docker.io"]', '["registry.example:5000"]'))
+    with Mirror(registries=file) as other:
+        ended = walk(other.url, "registry.example:5000/library/redis", PLATFORM)
+        assert ended.exit_code == 0, ended.output
+        assert "does not serve that registry" in told(walk(other.url, "registry.example:5001/library/redis"))
+
+
+# An address behind the public one
+
+
+@contextmanager
+def published(hub: Hub) -> Iterator[tuple[Mirror, Spoiler]]:
+    """Run a mirror that names its public address, and the terminator at that address."""
+    port = free_port(HOST)
+    with (
+        Spoiler(f"location / {{ proxy_pass http://{HOST}:{port}; {TLS} }}") as public,
+        Mirror(port=port, registries=hub.registries_file, public_url=public.url, path_prefix="/s3cret") as mirror,
+    ):
+        yield mirror, public
+
+
+def test_a_public_address_is_noted_and_no_problem(hub: Hub) -> None:
+    with published(hub) as (mirror, public):
+        ended = walk(mirror.url, "redis", PLATFORM, f"--ca={public.ca_file}")
+        assert ended.exit_code == 0, ended.output
+        assert f"note: tokens are to be had at {public.url.removeprefix('https://')}" in ended.output
+        assert f"{public.url}/s3cret is a mirror too" in ended.output
+        steps = json.loads(walk(mirror.url, "redis", PLATFORM, f"--ca={public.ca_file}", "--json").output)["steps"]
+        assert [len(step["notes"]) for step in steps[:5]] == [0, 0, 1, 0, 0]
+        shown = told(walk(mirror.url, "redis", PLATFORM))
+        assert f"{SPOILER}:{public.url.rpartition(':')[2]}: the certificate comes from an authority" in shown
+
+
+@pytest.mark.parametrize(
+    ("public", "words"),
+    [
+        ("https://nowhere.invalid", "DNS: nowhere.invalid has no address"),
+        ("https://127.0.0.1:9", "nothing answers at 127.0.0.1:9: "),
+        ("@TOKENS@", "/token is no token endpoint of a mirror"),
+    ],
+)
+def test_a_public_address_that_is_no_mirrors_is_told(hub: Hub, public: str, words: str) -> None:
+    with Mirror(registries=hub.registries_file, public_url=public.replace("@TOKENS@", hub.registry_url)) as wrong:
+        assert words in told(walk(wrong.url, "redis", PLATFORM, f"--ca={hub.ca_file}"))
+
+
+# A login
+
+
+def test_a_mirror_with_users_of_its_own_is_walked_by_one_of_them(tmp_path: Path, hub: Hub) -> None:
+    (tmp_path / "users").write_text(HTPASSWD)
+    with Mirror(registries=hub.registries_file, users=tmp_path / "users") as closed:
+        shown = told(walk(closed.url))
+        assert "401: log in to this mirror" in shown
+        assert "--user NAME" in shown
+        user = f"--user={BASIC_USER}"
+        ended = walk(closed.url, "redis", PLATFORM, user, stdin=f"{BASIC_PASSWORD}\n")
+        assert ended.exit_code == 0, ended.output
+        assert f", as {BASIC_USER}" in ended.output
+        assert BASIC_PASSWORD not in ended.output
+        shown = told(walk(closed.url, "redis", PLATFORM, user, stdin="wonderland\n"))
+        assert "401: the user or the password is wrong" in shown
+        assert "Are name and password right?" in shown
+        assert "no password came on stdin" in walk(closed.url, "redis", user).output
+
+
+def test_a_password_is_asked_for_at_a_terminal(mirror: Mirror, hub: Hub) -> None:
+    controller, terminal = pty.openpty()
+    command = [sys.executable, "-c", "import cli; cli.main()", "check", mirror.url, "private/app", PLATFORM]
+    with subprocess.Popen(
+        [*command, f"--user={USER}"], cwd=ROOT, stdin=terminal, stdout=subprocess.PIPE, stderr=terminal
+    ) as process:
+        os.close(terminal)
+        assert os.read(controller, 100).strip() == b"Password:"
+        os.write(controller, f"{PASSWORD}\n".encode())
+        assert process.wait(60) == 0
+    os.close(controller)
+
+
+def test_a_login_is_sent_as_docker_sends_it_and_to_the_realm_alone(fake: RawUpstream) -> None:
+    assert walk(fake.url, "--user=alice", stdin="wonder:land\n").exit_code == 0
+    (asked,) = fake.asked("/token")
+    assert asked.headers["authorization"] == "Basic YWxpY2U6d29uZGVyOmxhbmQ="
+    assert asked.target.endswith("&account=alice")
+    others = [request.headers.get("authorization", "") for request in fake.requests if request.path != "/token"]
+    assert [header for header in others if header.startswith("Basic")] == []
+
+
+def test_a_password_does_not_go_to_a_realm_elsewhere(fake: RawUpstream) -> None:
+    with RawUpstream() as other:
+        fake.answers["/v2/"] = refuse(f"{other.url}/token", "m", None)
+        assert "the password is not sent there" in told(walk(fake.url, "--user=alice", stdin="wonderland\n"))
+        assert other.requests == []
 
 
 # The way to the mirror
@@ -326,12 +455,19 @@ def test_an_image_that_is_not_there_is_told_in_the_mirrors_words(mirror: Mirror,
         assert "this mirror does not serve docker.io/library/nginx" in told(walk(strict.url, "nginx"))
 
 
-def test_a_mirror_with_users_of_its_own_is_told(tmp_path: Path, hub: Hub) -> None:
-    (tmp_path / "users").write_text(HTPASSWD)
-    with Mirror(registries=hub.registries_file, users=tmp_path / "users") as closed:
-        shown = told(walk(closed.url))
-    assert "401: log in to this mirror" in shown
-    assert "the check sends no login" in shown
+def test_a_client_that_is_refused_is_told_with_all_settings_that_refuse(hub: Hub) -> None:
+    with Mirror(registries=hub.registries_file, deny_clients="127.0.0.1") as wary:
+        shown = told(walk(wary.url))
+    assert "403: " in shown
+    for name in ("ALLOW_CLIENTS", "DENY_CLIENTS", "ALLOW_IMAGES", "DENY_IMAGES"):
+        assert f"MIRROR_{name}" in shown
+
+
+def test_a_user_agent_that_is_blocked_is_told_of(hub: Hub) -> None:
+    with Mirror(registries=hub.registries_file, block_agents="docker-mirror-check") as wary:
+        shown = told(walk(wary.url))
+    assert "404: " in shown
+    assert "MIRROR_BLOCK_AGENTS" in shown
 
 
 def test_a_registry_that_cannot_be_reached_is_told() -> None:
@@ -460,6 +596,21 @@ def test_a_clock_that_is_wrong_is_told_once(fake: RawUpstream, seconds: int) -> 
     shown = told(walk(fake.url))
     assert "clock: by the Date header, the mirror's is " in shown
     assert ("behind this host's" if seconds < 0 else "ahead of this host's") in shown
+
+
+@pytest.mark.parametrize("date", ["Mon, 01 Jan 99999999999 00:00:00 GMT", "Mon, 01 Jan 10000 00:00:00 GMT", "x"])
+def test_a_date_that_is_none_is_no_clock(fake: RawUpstream, date: str) -> None:
+    answer = refuse(f"{fake.url}/token", "m", None)
+    fake.answers["/v2/"] = answer.replace(b"\r\n", f"\r\nDate: {date}\r\n".encode(), 1)
+    assert walk(fake.url).exit_code == 0
+
+
+def test_a_size_that_is_no_number_is_no_manifests(fake: RawUpstream) -> None:
+    body = MANIFEST.replace(str(len(DATA)).encode(), b"1e999")
+    digest = f"sha256:{hashlib.sha256(body).hexdigest()}"
+    answer = reply(200, body, TYPE | {"Docker-Content-Digest": digest})
+    fake.answers |= {f"{PATH}/manifests/{name}": answer for name in ("latest", digest)}
+    assert "this is no manifest that dockerd knows" in told(walk(fake.url))
 
 
 def test_a_token_that_was_issued_at_another_time_is_told(fake: RawUpstream) -> None:

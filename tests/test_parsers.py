@@ -559,6 +559,8 @@ NAMES_OF_VARIABLES = st.sampled_from((*VARIABLES, *map(str.lower, VARIABLES))) |
 @given(st.dictionaries(NAMES_OF_VARIABLES, VALUES, max_size=4))
 @example({"MIRROR_LOGIN\n": "x"})
 @example({"MIRROR_PROXIES": MANY_DIGITS})
+@example({"MIRROR_PROXIES": "0"})
+@example({"MIRROR_CACHE_DIR": "/ /"})
 def test_any_environment_is_read_or_refused_in_one_line(environ: dict[str, str]) -> None:
     config, refusal = attempt(lambda: Config.from_environ(environ), ConfigError)
     if config is None:

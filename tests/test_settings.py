@@ -12,14 +12,17 @@ import click.testing
 import pytest
 import trustme
 from processes import clean_environment
+from registries import HTPASSWD
 
 import cli
+import keeping
 from settings import Config
 from settings import ConfigError
 from settings import Duration
 from settings import Registry
 from settings import Size
 from settings import load_registries
+from settings import read_env_file
 from settings import variable
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -220,6 +223,11 @@ def test_a_proxy_in_lower_case_goes_before_one_in_capitals() -> None:
         ("MIRROR_PATH_PREFIX", "/a//b", "must be a path"),
         ("MIRROR_PATH_PREFIX", "/a/../b", "must be a path"),
         ("MIRROR_PATH_PREFIX", "/a%20b", "must be a path"),
+        ("MIRROR_PATH_PREFIX", "/v2", "/v2 is a path of the mirror itself"),
+        ("MIRROR_PATH_PREFIX", "/s3cret/V2/", "/v2 is a path of the mirror itself"),
+        ("MIRROR_PATH_PREFIX", "/token", "/token is a path of the mirror itself"),
+        ("MIRROR_PATH_PREFIX", "/healthz/x", "/healthz is a path of the mirror itself"),
+        ("MIRROR_PATH_PREFIX", "/v1", "/v1 is a path of the mirror itself"),
         ("MIRROR_PUBLIC_URL", "https://mirror.example:99999", "ort"),
         ("MIRROR_PUBLIC_URL", "https://[::1", "IPv6"),
         ("MIRROR_PUBLIC_URL", "https://mirror example", "is not a URL"),
@@ -412,6 +420,139 @@ def test_the_settings_of_the_services_file_can_be_set_to_what_it_shows() -> None
     assert Config.from_environ(dict(re.findall(r"^#(\w+)=(.*)$", text, re.M))) == Config()
 
 
+@pytest.mark.parametrize("name", [variable(item) for item in fields(Config)])
+def test_each_setting_of_the_services_file_can_be_set_to_what_it_shows_alone(name: str) -> None:
+    text = (ROOT / "systemd/docker-mirror.env").read_text()
+    shown = dict(re.findall(r"^#(\w+)=(.*)$", text, re.M))
+    assert Config.from_environ({name: shown[name]}) == Config()
+    Config.from_environ({"MIRROR_PROXIES": "0", name: shown[name]})
+
+
+# The service's file, for the owner's commands
+
+
+def env_file(tmp_path: Path, text: str) -> Path:
+    file = tmp_path / "docker-mirror.env"
+    file.write_text(text)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("A=b", "b"),
+        ("A = b c \n", "b c"),
+        ("  A=\n", ""),
+        ("A=1\nA=2\n", "2"),
+        ("# A=1\n;A=2\n  # c\n\n \nA=3\r\n", "3"),
+        ("A=b # c", "b # c"),
+        ("A=b'c'\"", "b'c'\""),
+        ("A=b\\\nc\\d\\\\e", "bcd\\e"),
+        ("A='b \\ \" $c '\n", 'b \\ " $c '),
+        ("A='b\nc'", "b\nc"),
+        ('A="b \\" \\$ \\d \\\\ \\\nc" \n', 'b " $ \\d \\ c'),
+        ('A=""', ""),
+    ],
+)
+def test_a_services_file_is_read_as_systemd_reads_it(tmp_path: Path, text: str, value: str) -> None:
+    assert read_env_file(env_file(tmp_path, text)) == {"A": value}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("secret", "export A=secret", "A B=secret", "1A=secret", "=secret", "A='secret", 'A="secret', "A='secret'x"),
+        *('A="secret" # c', "A='secret' 'b'", "# secret\\\nB=1", "A=secret\\", "A=secret\0"),
+    ],
+)
+def test_what_a_services_file_leaves_unclear_is_refused_by_its_line(tmp_path: Path, line: str) -> None:
+    with pytest.raises(ConfigError, match=r"docker-mirror\.env: line 3 is neither a comment nor NAME=value") as raised:
+        read_env_file(env_file(tmp_path, f"A=1\n\n{line}"))
+    assert "secret" not in str(raised.value)
+
+
+def test_a_services_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "docker-mirror.env").write_bytes(b"A=\xff")
+    with pytest.raises(ConfigError, match="is no text"):
+        read_env_file(tmp_path / "docker-mirror.env")
+
+
+def test_the_services_own_file_is_read(tmp_path: Path) -> None:
+    text = (ROOT / "systemd/docker-mirror.env").read_text()
+    assert read_env_file(env_file(tmp_path, text)) == {}
+    assert (
+        Config.from_environ(read_env_file(env_file(tmp_path, re.sub(r"^#(\w+=)", r"\1", text, flags=re.M)))) == Config()
+    )
+
+
+def service(tmp_path: Path) -> Path:
+    """Write all that a service's folder has, with relative paths; return its file of settings."""
+    (tmp_path / "credentials").mkdir()
+    (tmp_path / "credentials/hub").write_text("wonderland\n")
+    (tmp_path / "credentials/htpasswd").write_text(HTPASSWD)
+    trustme.CA().cert_pem.write_to_path(tmp_path / "ca.pem")
+    (tmp_path / "mine.toml").write_text(
+        '["docker.io"]\nendpoints = ["https://hub.example"]\nca_file = "ca.pem"\n'
+        'username = "a"\npassword_file = "credentials_hub"\n'
+    )
+    return env_file(
+        tmp_path,
+        "MIRROR_REGISTRIES=mine.toml\nMIRROR_USERS=credentials_htpasswd\nMIRROR_TAG_TTL=1m\nMIRROR_PROXIES=2\n",
+    )
+
+
+def test_the_owner_sees_the_services_settings(tmp_path: Path) -> None:
+    before = Path.cwd()
+    file = service(tmp_path)
+    shown = run_cli("settings", env_file=file, MIRROR_PROXIES="3")
+    assert shown.exit_code == 0, shown.output
+    assert shown.output.startswith(f"# {file}, and the environment\n")
+    assert "MIRROR_USERS=credentials_htpasswd\n" in shown.output
+    assert "MIRROR_PROXIES=3\n" in shown.output, "the environment goes before"
+    assert "# docker.io: https://hub.example\n" in shown.output
+    assert "wonderland" not in shown.output
+    assert Path.cwd() == before
+
+
+def test_a_path_of_the_environment_starts_where_the_owner_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = service(tmp_path)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    Path("own.toml").write_text('["docker.io"]\nendpoints = ["https://own.example"]\n')
+    shown = run_cli("settings", env_file=file, MIRROR_REGISTRIES="own.toml")
+    assert "# docker.io: https://own.example\n" in shown.output
+
+
+def test_a_missing_credential_is_told_by_its_name(tmp_path: Path) -> None:
+    file = service(tmp_path)
+    (tmp_path / "credentials/hub").unlink()
+    shown = run_cli("settings", env_file=file)
+    assert shown.exit_code == 1
+    assert "password_file: credentials_hub: No such file" in shown.output
+
+
+def test_the_usual_file_is_read_by_who_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keeping, "ENV_FILE", str(service(tmp_path)))
+    assert "MIRROR_PROXIES=2\n" in run_cli("settings", env_file=None).output
+    monkeypatch.setattr(keeping, "ENV_FILE", str(tmp_path / "none"))
+    assert "MIRROR_PROXIES=1\n" in run_cli("settings", env_file=None).output
+
+
+def test_who_may_not_read_the_usual_file_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keeping, "ENV_FILE", str(service(tmp_path)))
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    shown = run_cli("settings", env_file=None)
+    assert (shown.exit_code, "MIRROR_PROXIES=1\n" in shown.stdout) == (0, True)
+    assert "is not yours to read" in shown.stderr
+    assert "is for root's eyes" in run_cli("cache", "list", env_file=None).output
+
+
+def test_a_file_of_settings_that_is_named_and_not_there_is_told(tmp_path: Path) -> None:
+    assert run_cli("settings", env_file=tmp_path / "none").exit_code == 2
+    shown = run_cli("settings", env_file=env_file(tmp_path, "MIRROR_LOGON=on"))
+    assert (shown.exit_code, "did you mean MIRROR_LOGIN?" in shown.output) == (1, True)
+
+
 def test_the_example_of_a_registries_file_can_be_read(tmp_path: Path) -> None:
     text = (ROOT / "systemd/registries.toml.example").read_text()
     settings = re.sub(r"^#(\[|\w+ = )", r"\1", text, flags=re.M)
@@ -439,8 +580,8 @@ def test_the_owner_sees_the_settings_in_force(tmp_path: Path) -> None:
 def test_no_password_is_shown() -> None:
     proxy = "http://alice:wonderland@proxy.example:3128"
     assert "wonderland" not in run_cli("settings", HTTPS_PROXY=proxy).output
-    store = {"MIRROR_PULL_RATE_STORE": "redis://:wonder@land@h", "MIRROR_PULL_RATE": "1/h"}
-    assert "land" not in run_cli("settings", **store).output
+    store = "redis://:wonder@land@h"
+    assert "land" not in run_cli("settings", MIRROR_PULL_RATE_STORE=store, MIRROR_PULL_RATE="1/h").output
     assert "wonderland" not in repr(Config.from_environ({"HTTPS_PROXY": proxy}))
 
 
@@ -453,9 +594,10 @@ def test_the_owners_command_prints_readmes_table() -> None:
     assert run_cli("settings", "--markdown").output == "\n".join(cli.settings_table()) + "\n"
 
 
-def run_cli(*arguments: str, **environ: str) -> click.testing.Result:
+def run_cli(*arguments: str, env_file: Path | None = Path(os.devnull), **environ: str) -> click.testing.Result:
     others: dict[str, str | None] = {name: None for name in os.environ if name.startswith("MIRROR_")}
-    return click.testing.CliRunner().invoke(cli.main, arguments, env={**others, **environ})
+    options = [] if env_file is None else ["--env-file", str(env_file)]
+    return click.testing.CliRunner().invoke(cli.main, [*options, *arguments], env={**others, **environ})
 
 
 def test_the_versions_agree() -> None:
