@@ -466,7 +466,7 @@ def test_a_client_that_is_refused_is_told_with_all_settings_that_refuse(hub: Hub
 def test_a_user_agent_that_is_blocked_is_told_of(hub: Hub) -> None:
     with Mirror(registries=hub.registries_file, block_agents="docker-mirror-check") as wary:
         shown = told(walk(wary.url))
-    assert "404: " in shown
+    assert " 404  ping" in shown
     assert "MIRROR_BLOCK_AGENTS" in shown
 
 
