@@ -133,7 +133,9 @@ def settings_file() -> Iterator[str]:
     """Yield the lines of the file of settings that the service reads, each with its default and commented."""
     yield "# Settings of docker-mirror. Take the # before a variable away to set it, and then run:"
     yield "#     systemctl restart docker-mirror"
-    yield "# Relative paths start at /etc/docker-mirror. The service may write to /var/cache/docker-mirror only."
+    yield "# Relative paths start at /etc/docker-mirror. What is named here must be readable for everyone, but for"
+    yield "# users and passwords: MIRROR_USERS=credentials_NAME is the file credentials/NAME there, which only root can"
+    yield "# read, and so is password_file. The service may write to /var/cache/docker-mirror only."
     for item in fields(Config):
         yield ""
         yield from textwrap.wrap(item.metadata["help"], 110, initial_indent="# ", subsequent_indent="# ")

@@ -13,6 +13,8 @@ cache=/var/cache/docker-mirror
 unit_files=/etc/systemd/system
 service=docker-mirror.service
 socket=docker-mirror.socket
+command=/usr/local/bin/docker-mirror
+lock=/run/lock/docker-mirror.lock
 
 # Options of check, install and uninstall.
 dry_run=
@@ -176,39 +178,58 @@ read_options() {
             --purge) purge=yes ;;
             --wheels)
                 [ "$#" -gt 1 ] || die "--wheels needs a folder"
-                wheels=$2
+                use_wheels "$2"
                 shift
                 ;;
-            --wheels=*) wheels=${1#*=} ;;
+            --wheels=*) use_wheels "${1#*=}" ;;
             *) arguments+=("$1") ;;
         esac
         shift
     done
-    if [ -n "$wheels" ]; then
-        wheels=$(cd -- "$wheels" && pwd) || die "--wheels needs a folder"
-    fi
 }
 
-refuse_arguments() { [ "${#arguments[@]}" -eq 0 ] || die "unknown option: ${arguments[0]}"; }
+use_wheels() {
+    [ -d "$1" ] || die "--wheels needs a folder"
+    wheels=$(cd -- "$1" && pwd)
+}
+
+# Refuse what a command does not know: what is no option, and the options of other commands.
+refuse_others() {
+    [ "${#arguments[@]}" -eq 0 ] || die "unknown option: ${arguments[0]}"
+    [ -z "$purge" ] || [ "$1" = uninstall ] || die "--purge is an option of uninstall"
+    [ -z "$wheels" ] || [ "$1" = install ] || die "--wheels is an option of install"
+}
 
 need_root() {
     [ -n "$dry_run" ] || [ "$(id -u)" -eq 0 ] || die "root is needed: sudo ./deploy.sh $1"
 }
 
-# Print where the mirror listens: the last word of the socket unit and of the owner's changes to it.
+# Two at a time would take each other's files away. The lock goes with this process.
+be_the_only_one() {
+    [ -n "$dry_run" ] || {
+        exec 9>"$lock"
+        flock --nonblock 9 || die "another install or uninstall is running"
+    }
+}
+
+# Print where the mirror shall listen: the last word of the socket unit and of the owner's changes to it.
 address() {
     { cat "$here/systemd/$socket" "$unit_files/$socket.d"/*.conf 2>/dev/null || true; } |
-        sed -n 's/^ListenStream=\(.\)/\1/p' | tail -n 1
+        sed -n 's/^[[:space:]]*ListenStream[[:space:]]*=[[:space:]]*\([^[:space:]]*\)[[:space:]]*$/\1/p' |
+        sed '/^$/d' | tail -n 1
 }
 
 is_active() { systemctl is-active --quiet "$1" 2>/dev/null; }
 
 check() {
     read_options "$@"
-    need_python
     if [ "${#arguments[@]}" -gt 0 ]; then
         check_mirror
-    elif is_active "$socket"; then
+        return
+    fi
+    refuse_others check
+    need_python
+    if is_active "$socket"; then
         python3 -B "$here/preflight.py"
     else
         python3 -B "$here/preflight.py" --address "$(address)"
@@ -217,38 +238,53 @@ check() {
 
 # Walk a pull, with the command that is installed or with the one of this folder.
 check_mirror() {
-    local command=$releases/current/bin/docker-mirror
-    if [ ! -x "$command" ]; then
-        make_venv
-        install_into_venv ""
-        command=$venv/bin/docker-mirror
+    local program=$releases/current/bin/docker-mirror
+    if [ ! -x "$program" ]; then
+        program=$venv/bin/docker-mirror
+        if [ -n "$dry_run" ]; then
+            [ -x "$program" ] || say "would make $venv, and install into it"
+        else
+            make_venv
+            install_into_venv ""
+        fi
     fi
-    exec "$command" check "${arguments[@]}"
+    [ -n "$dry_run" ] || exec "$program" check "${arguments[@]}"
+    act "$program" check "${arguments[@]}"
 }
 
 # Print the files that make a version.
 sources() {
     cd "$here"
-    find . -maxdepth 1 -type f \( -name '*.py' -o -name 'setup.cfg' -o -name 'pyproject.toml' -o -name 'LICENSE' \
-        -o -name 'README.md' \) | sort
+    sed -n '/^py_modules =/,/^[^ ]* =/s/^    \(.*\)/\1.py/p' setup.cfg
+    printf '%s\n' setup.cfg pyproject.toml LICENSE README.md
     for folder in systemd templates; do
         [ ! -d "$folder" ] || find "$folder" -type f | sort
     done
 }
 
-# Print the name of this version: its number, and a hash of its files and of the Python that it is for.
+# Print the extras that the owner's settings take. What is not written as usual is told by the service's start.
+extras() {
+    local files=("$settings/docker-mirror.env" "$unit_files/$service.d"/*.conf)
+    if grep -Eqs '^[^#]*MIRROR_PULL_RATE_STORE[[:space:]]*=.*redis' "${files[@]}"; then
+        printf '[redis]'
+    fi
+}
+
+# Print the name of this version: its number, and a hash of its files, its extras, and the Python that it is for.
 release_name() {
     local number hash
     number=$(sed -n 's/^__version__ = "\(.*\)"/\1/p' "$here/mirror.py")
-    hash=$(cd "$here" && { sources | xargs -d '\n' sha256sum && python3 --version; } | sha256sum | cut -c 1-12)
+    hash=$(cd "$here" && { sources | xargs -d '\n' sha256sum && extras && python3 --version; } |
+        sha256sum | cut -c 1-12)
     printf '%s-%s\n' "$number" "$hash"
 }
 
 install_service() {
     read_options "$@"
-    refuse_arguments
+    refuse_others install
     need_root install
     umask 022
+    be_the_only_one
     need_python
     need_venv
     check_host
@@ -260,18 +296,28 @@ install_service() {
     copy_settings
     if ! { activate "$name" && answers; }; then
         go_back "$before" "$name"
+    fi
+    tell "$before" "$name"
+}
+
+tell() {
+    if [ -n "$refused" ]; then
+        die "not so, for it would be refused: the problems stand above"
     elif [ -z "$changed" ]; then
-        say "docker-mirror $name is installed and serves: nothing to change"
+        say "docker-mirror $2 is installed and serves: nothing to change"
     elif [ -z "$dry_run" ]; then
-        remove_old_releases "$before" "$name"
-        say "docker-mirror $name serves at $(address); its settings stand in $settings/docker-mirror.env"
+        remove_old_releases "$1" "$2"
+        say "docker-mirror $2 serves; its settings stand in $settings/docker-mirror.env"
     fi
 }
 
+# See whether the service can be here, with the owner's settings: nothing is touched before. A dry run goes on.
 check_host() {
     local options=(--host-only)
+    refused=
     is_active "$socket" || options+=(--address "$(address)")
-    python3 -B "$here/preflight.py" "${options[@]}" >&2 || [ -n "$dry_run" ] || die "not installed"
+    python3 -B "$here/preflight.py" "${options[@]}" >&2 || refused=yes
+    [ -z "$refused" ] || [ -n "$dry_run" ] || die "not installed"
 }
 
 # Print the name of the version that is installed, if one is.
@@ -284,13 +330,16 @@ build() {
     say "installing into $release"
     [ -z "$wheels" ] || options=(--no-index --find-links "$wheels")
     mapfile -t files < <(sources)
+    # shellcheck disable=SC2064 # this folder, and no other
+    [ -n "$dry_run" ] || trap "rm -rf '$release'; rmdir '$releases' 2>/dev/null || true" EXIT
     act rm -rf "$release"
     act mkdir -p "$release/source"
     act python3 -m venv "$release" || die "cannot make $release"
     act env -C "$here" cp --parents --target-directory "$release/source" "${files[@]}"
-    act "$release/bin/pip" install --quiet --disable-pip-version-check "${options[@]}" "$release/source" ||
+    act "$release/bin/pip" install --quiet --disable-pip-version-check "${options[@]}" "$release/source$(extras)" ||
         die "pip could not install; its message stands above"
     act touch "$release/complete"
+    trap - EXIT
 }
 
 # Give the owner files to write settings into, and never touch them again.
@@ -306,66 +355,110 @@ copy_once() {
 }
 
 # Let a version be the one that serves.
-activate() {
-    local units
-    if [ "$(current)" != "$1" ]; then
-        act ln -sfn "$1" "$releases/.current" && act mv -T "$releases/.current" "$releases/current" || return
-    fi
-    units=$(changed_units "$1")
-    if [ -n "$units" ]; then
-        install_units "$1" || return
-    fi
-    if ! systemctl is-enabled --quiet "$socket" "$service" 2>/dev/null; then
-        act systemctl enable --quiet "$socket" "$service" || return
-    fi
-    start "$1" "$units"
+activate() { point_to "$1" && install_units "$1" && enable && link_command && serve "$1"; }
+
+point_to() {
+    [ "$(current)" = "$1" ] || {
+        act ln -sfn "$1" "$releases/.current" && act mv -T "$releases/.current" "$releases/current"
+    }
 }
 
-# Print the units of a version that are not installed as they are.
-changed_units() {
-    local unit from=$releases/$1/source/systemd
+# Install a version's units where they differ. What was interrupted before systemd read them is made good too.
+install_units() {
+    local from
+    from=$(units_of "$1")
+    if differs "$from" "$socket" || differs "$from" "$service"; then
+        act systemd-analyze verify --man=no "$from/$socket" "$from/$service" &&
+            act install -m 644 "$from/$socket" "$from/$service" "$unit_files/" &&
+            act systemctl daemon-reload
+    elif [[ $(property NeedDaemonReload "$socket" "$service") == *yes* ]]; then
+        act systemctl daemon-reload
+    fi
+}
+
+# Print the folder of a version's units; a dry run has made none.
+units_of() {
+    local from=$releases/$1/source/systemd
     [ -d "$from" ] || from=$here/systemd
+    printf '%s\n' "$from"
+}
+
+differs() { ! cmp --silent "$1/$2" "$unit_files/$2"; }
+
+# Print a property of units.
+property() {
+    local name=$1
+    shift
+    systemctl show --timestamp=us+utc --property "$name" --value "$@" 2>/dev/null || true
+}
+
+enable() {
+    local unit
     for unit in "$socket" "$service"; do
-        cmp --silent "$from/$unit" "$unit_files/$unit" || printf '%s\n' "$unit"
+        systemctl is-enabled --quiet "$unit" 2>/dev/null || act systemctl enable --quiet "$unit" || return
     done
 }
 
-install_units() {
-    local from=$releases/$1/source/systemd
-    act systemd-analyze verify --man=no "$from/$socket" "$from/$service" &&
-        act install -m 644 "$from/$socket" "$from/$service" "$unit_files/" &&
-        act systemctl daemon-reload
+# Let the owner find the command. Another one of that name is not touched.
+link_command() {
+    local target=$releases/current/bin/docker-mirror
+    if [ ! -e "$command" ] && [ ! -L "$command" ]; then
+        act mkdir -p "$(dirname "$command")" && act ln -s "$target" "$command"
+    elif [ "$(readlink "$command")" != "$target" ]; then
+        say "$command is not this one's, and stays; the command is $target"
+    fi
 }
 
-# Start what does not run, and let what runs give way to this version. A change of units needs a restart.
-start() {
+# Let a version serve: start it, restart it where something is new that only a start reads, or else let it take over.
+serve() {
     if ! is_active "$socket" || ! is_active "$service"; then
+        forget_failures
         act systemctl start "$socket" "$service"
-    elif [[ $2 == *"$socket"* ]]; then
-        wait_for_transfers systemctl restart "$socket" "$service"
-    elif [ -n "$2" ]; then
-        wait_for_transfers systemctl restart "$service"
+    elif is_stale "$1" "$socket" || is_stale "$1" "$service"; then
+        restart "$1"
     elif ! serves "$1"; then
         hand_over "$1"
     fi
 }
 
-wait_for_transfers() {
+# systemd starts nothing that has failed too often of late.
+forget_failures() { [ -n "$dry_run" ] || systemctl reset-failed "$socket" "$service" 2>/dev/null || true; }
+
+# Tell whether a unit runs with another text than a version has, or with what the owner has changed since it started.
+is_stale() {
+    local since files=()
+    ! differs "$(units_of "$1")" "$2" || return 0
+    since=$(property InactiveExitTimestamp "$2")
+    [ -n "$since" ] || return 0
+    read -r -a files <<<"$(property DropInPaths "$2")"
+    files+=("$unit_files/$2" "$unit_files/$2.d")
+    [ "$2" = "$socket" ] || files+=("$settings/docker-mirror.env" "$settings/credentials")
+    [ -n "$(find "${files[@]}" -newerct "$since" -print -quit 2>/dev/null)" ]
+}
+
+# Restart the service, and its address too where that is new.
+restart() {
+    local units=("$service")
+    ! is_stale "$1" "$socket" || units=("$socket" "$service")
     say "restarting, once the running transfers have ended (300 seconds at most)"
-    act "$@"
+    forget_failures
+    act systemctl restart "${units[@]}"
 }
 
 # Let a new process take over. The one before goes on with its transfers; while it does, there can be no third one.
 hand_over() {
     if [ -n "$dry_run" ]; then
         act systemctl reload "$service"
-    elif ! poll 330 is_alone; then
-        wait_for_transfers systemctl restart "$service"
-    else
-        # gunicorn looks each second whether it is alone.
-        sleep 2
-        act systemctl reload "$service" && sleep 2 && poll 30 has_begun "$1" && serves "$1"
+        return
+    elif ! is_alone; then
+        say "waiting for the transfers of the process before the one that serves (300 seconds at most)"
+        poll 330 is_alone || {
+            restart "$1"
+            return
+        }
     fi
+    sleep 2 # gunicorn looks each second whether it is alone
+    act systemctl reload "$service" && sleep 2 && poll 30 has_begun "$1" && serves "$1"
 }
 
 # Tell whether a version serves, or has ended before it did.
@@ -386,7 +479,7 @@ poll() {
     done
 }
 
-main_process() { systemctl show --property MainPID --value "$service"; }
+main_process() { property MainPID "$service"; }
 
 # Tell whether the main process is of this version: the first word of its command is its Python.
 serves() {
@@ -397,28 +490,32 @@ serves() {
 # Tell whether the main process is nobody's child but systemd's: after a reload it is one, until the other has ended.
 is_alone() { grep -q '^PPid:[[:space:]]1$' "/proc/$(main_process)/status" 2>/dev/null; }
 
-answers() {
-    [ -n "$dry_run" ] || python3 -B "$here/preflight.py" --serving --address "$(address)" >&2
-}
+answers() { [ -n "$dry_run" ] || python3 -B "$here/preflight.py" --serving >&2; }
 
 # After a failure: show why, and let the version before serve again.
 go_back() {
-    local before=$1 failed=$2 process
+    local before=$1 failed=$2
     journalctl --unit "$service" --lines 20 --no-pager >&2 || true
     if [ "$before" = "$failed" ]; then
         die "docker-mirror $failed does not serve; the lines above say why"
     elif [ -z "$before" ]; then
         remove_service
         die "docker-mirror $failed did not come up, and was taken away again; the lines above say why"
-    fi
-    for process in $(processes_of "$failed"); do
-        kill "$process" 2>/dev/null || true
-    done
-    if activate "$before" && answers; then
-        rm -rf "${releases:?}/$failed"
+    elif put_back "$before" "$failed" && answers; then
         die "docker-mirror $failed did not come up: $before serves; the lines above say why"
     fi
     die "docker-mirror $failed did not come up, and neither did $before; the lines above say why"
+}
+
+# Let the version before serve: a restart ends whatever there is of the other one. Often it has never ceased to.
+put_back() {
+    local before=$1 failed=$2
+    point_to "$before" && install_units "$before" || return
+    if ! serves "$before" || [ -n "$(processes_of "$failed")" ] ||
+        is_stale "$before" "$socket" || is_stale "$before" "$service"; then
+        restart "$before" || return
+    fi
+    rm -rf "${releases:?}/$failed"
 }
 
 # Keep this version and the one before.
@@ -444,13 +541,15 @@ remove_service() {
         act rm -f "$unit_files/$socket" "$unit_files/$service"
         act systemctl daemon-reload
     fi
+    [ "$(readlink "$command")" != "$releases/current/bin/docker-mirror" ] || act rm "$command"
     [ ! -e "$releases" ] || act rm -rf "$releases"
 }
 
 uninstall() {
     read_options "$@"
-    refuse_arguments
+    refuse_others uninstall
     need_root uninstall
+    be_the_only_one
     changed=
     remove_service
     local path

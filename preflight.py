@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import http.client
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -15,13 +16,12 @@ import socket
 import ssl
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable
 from collections.abc import Iterator
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
@@ -30,11 +30,13 @@ from settings import Config
 from settings import ConfigError
 from settings import Registry
 from settings import load_registries
-from settings import load_users
 
 OWNERS = Path("/etc/docker-mirror")  # the unit's WorkingDirectory=
 ENVIRONMENT = OWNERS / "docker-mirror.env"
-CREDENTIALS = OWNERS / "credentials"
+SERVICE = "docker-mirror.service"
+SOCKET = "docker-mirror.socket"
+UNIT = Path(__file__).parent / "systemd" / SERVICE
+UNITS = Path("/etc/systemd/system")
 RELEASES = Path("/opt/docker-mirror")
 SYSTEMD = 252  # the version of Debian 12, whose LoadCredential= takes a folder
 DISK = 200  # MB: two versions, and what pip needs meanwhile
@@ -43,13 +45,16 @@ ANSWER_SECONDS = 40  # that the mirror has: it may ask a registry for 25
 
 
 class Finding(NamedTuple):
-    """Hold what was found; with a `fix` it is a problem."""
+    """Hold what was found; with a `fix` it is a problem. What could not be looked at is `skipped`."""
 
     text: str
     fix: str = ""
+    skipped: bool = False
 
     def __str__(self) -> str:
-        return f"problem  {self.text}\n         {self.fix}" if self.fix else f"ok       {self.text}"
+        if self.fix:
+            return "\n         ".join([f"problem  {self.text}", *self.fix.splitlines()])
+        return f"{'skipped ' if self.skipped else 'ok      '} {self.text}"
 
 
 def main() -> int:
@@ -57,9 +62,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Look at this host for docker-mirror.")
     parser.add_argument("--address", help="where the mirror listens, or shall listen")
     parser.add_argument("--host-only", action="store_true", help="do not ask the registries")
-    parser.add_argument("--serving", action="store_true", help="only see whether the mirror answers at the address")
+    parser.add_argument("--serving", action="store_true", help="only see whether the service answers")
     options = parser.parse_args()
-    found = serving(options.address) if options.serving else findings(options.address, options.host_only)
+    found = service() if options.serving else findings(options.address, options.host_only)
     problems = 0
     for finding in found:
         print(finding, flush=True)
@@ -75,8 +80,7 @@ def findings(address: str | None, host_only: bool) -> Iterator[Finding]:
     if address:
         yield listener(address)
     yield disk(RELEASES)
-    if not host_only:
-        yield from settings_and_registries()
+    yield from settings_and_registries(host_only)
 
 
 def venv() -> Finding:
@@ -113,9 +117,17 @@ def listener(address: str) -> Finding:
         except OSError as error:
             return Finding(
                 f"{address} cannot be had: {error.strerror}",
-                "end what listens there (ss -ltnp), or name another ListenStream=: systemctl edit docker-mirror.socket",
+                f"end what listens there (ss -ltnp), or name another address, as root, such as:\n{another_address()}",
             )
     return Finding(f"{address} is free")
+
+
+def another_address() -> str:
+    """Return the commands that name one; before the first installation there is no unit that systemctl could edit."""
+    folder = UNITS / f"{SOCKET}.d"
+    return (
+        f"mkdir -p {folder}\nprintf '[Socket]\\nListenStream=\\nListenStream=127.0.0.1:5001\\n' >{folder}/address.conf"
+    )
 
 
 def disk(folder: Path) -> Finding:
@@ -127,41 +139,98 @@ def disk(folder: Path) -> Finding:
     return Finding(f"{there} has {free} MB free")
 
 
-def settings_and_registries() -> Iterator[Finding]:
+def settings_and_registries(host_only: bool) -> Iterator[Finding]:
     """Read the owner's settings as the service would, and ask each endpoint of each registry."""
     try:
         config, registries = load()
+    except NotSeenError as error:
+        yield Finding(f"the settings and the registries are not checked: {error}", skipped=True)
+        return
     except ConfigError as error:
-        yield Finding(
-            str(error), f"mend it in {ENVIRONMENT}, or in the file that it names; some of them only root can read"
-        )
+        yield Finding(str(error), f"mend it in {ENVIRONMENT}, or in the file that it names.\n{READABLE}")
         return
     yield Finding(f"the settings: {ENVIRONMENT if ENVIRONMENT.exists() else 'the defaults'}")
-    yield from endpoints(config, registries.values())
+    if not host_only:
+        yield from endpoints(config, registries)
 
 
-def load() -> tuple[Config, Mapping[str, Registry]]:
-    """Return settings and registries; raise ConfigError."""
-    with tempfile.TemporaryDirectory() as folder:
-        for file in CREDENTIALS.glob("*") if os.access(CREDENTIALS, os.R_OK) else []:
-            (Path(folder) / f"credentials_{file.name}").symlink_to(file)  # as LoadCredential= names them
-        if OWNERS.is_dir():
-            os.chdir(OWNERS)
-        config = Config.from_environ({"CREDENTIALS_DIRECTORY": folder, **read_environment(ENVIRONMENT)})
-        load_users(config)
-        return config, load_registries(config)
+READABLE = (
+    "The service is a user of its own: files that settings name must be readable for everyone, and not in /root or\n"
+    f"/home; passwords and users for root alone are in {OWNERS}/credentials: see README, 'As a service'."
+)
 
 
-def read_environment(file: Path) -> dict[str, str]:
-    """Return the variables of an EnvironmentFile=, as far as each stands on one line."""
+class NotSeenError(Exception):
+    """Say why the owner's settings cannot be read."""
+
+
+def load() -> tuple[Config, list[Registry]]:
+    """Return settings and registries; raise ConfigError where they are wrong, and NotSeenError."""
+    if os.access(OWNERS, os.X_OK):
+        os.chdir(OWNERS)
+    if not ENVIRONMENT.exists() and not drop_ins():
+        config = Config.from_environ({})
+        return config, list(load_registries(config).values())
+    if os.geteuid():
+        raise NotSeenError("only root can; run this with sudo")
+    seen = read_as_the_service()
+    if "error" in seen:
+        raise ConfigError(seen["error"])
+    config = Config(https_proxy=seen["https_proxy"], all_proxy=seen["all_proxy"])
+    return config, [Registry(**values) for values in seen["registries"]]
+
+
+def read_as_the_service() -> dict[str, Any]:
+    """Let systemd run settings.py with the unit's environment, user, credentials and view of the disk.
+
+    How systemd reads a file of variables, and what the service may read, is left to systemd.
+    """
+    options = (*(f"--property={line}" for line in unit_lines()), f"--setenv=PATH={os.defpath}")
+    command = ["systemd-run", "--quiet", "--wait", "--pipe", "--collect", *options, sys.executable, "-B", "-"]
+    program = (Path(__file__).parent / "settings.py").read_text(encoding="utf-8") + SHOW
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return {}
-    except OSError as error:
-        raise ConfigError(f"{file}: {error.strerror}") from None
-    found = (re.fullmatch(r"\s*(\w+)=\s*(\"?)(.*?)\2\s*", line) for line in lines)
-    return {line[1]: line[3] for line in found if line}
+        ended = subprocess.run(command, input=program, capture_output=True, text=True, timeout=60, check=False)  # noqa: S603
+        return dict(json.loads(ended.stdout))
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NotSeenError(str(error)) from None
+    except ValueError:
+        raise NotSeenError(
+            (ended.stderr.strip().splitlines() or [f"systemd-run ended with {ended.returncode}"])[-1]
+        ) from None
+
+
+SHOW = """
+import json
+import os
+
+try:
+    config = Config.from_environ(os.environ)
+    load_users(config)
+    keys = ("name", "endpoints", "proxy", "ca_file")
+    registries = [{key: getattr(registry, key) for key in keys} for registry in load_registries(config).values()]
+    print(json.dumps({"https_proxy": config.https_proxy, "all_proxy": config.all_proxy, "registries": registries}))
+except ConfigError as error:
+    print(json.dumps({"error": str(error)}))
+"""
+# The lines of the unit that say what it sees, and as whom.
+SEEN = re.compile(
+    r"^\s*((?:DynamicUser|User|Group|SupplementaryGroups|Environment|EnvironmentFile|PassEnvironment|UnsetEnvironment"
+    r"|LoadCredential|SetCredential|WorkingDirectory|ProtectHome|ProtectSystem|PrivateTmp|BindPaths|BindReadOnlyPaths"
+    r"|InaccessiblePaths|TemporaryFileSystem|NoNewPrivileges|CapabilityBoundingSet)\s*=.*?)\s*$",
+    re.M,
+)
+
+
+def unit_lines() -> Iterator[str]:
+    """Yield these lines of the unit, and of the owner's changes to it."""
+    for file in (UNIT, *drop_ins()):
+        text = file.read_text(encoding="utf-8").replace("\\\n", " ")
+        yield from (re.sub(r"\s*=\s*", "=", line, count=1) for line in SEEN.findall(text))
+
+
+def drop_ins() -> list[Path]:
+    """Return the owner's changes to the unit."""
+    return sorted((UNITS / f"{SERVICE}.d").glob("*.conf"))
 
 
 def endpoints(config: Config, registries: Iterable[Registry]) -> Iterator[Finding]:
@@ -203,24 +272,49 @@ def ask(registry: Registry, endpoint: str, proxy: str | None) -> Finding:
     return Finding(name)
 
 
-def serving(address: str) -> Iterator[Finding]:
-    """See whether the mirror answers at its address, and yield one finding for `/healthz` and one for `/v2/`."""
-    look = "look at: journalctl --unit docker-mirror"
+LOOK = "look at: journalctl --unit docker-mirror"
+
+
+def service() -> Iterator[Finding]:
+    """See whether the service answers, where systemd listens for it, under the path that its process has."""
+    process = shown("MainPID", SERVICE)
+    address = next((line.removesuffix(" (Stream)") for line in shown("Listen", SOCKET).splitlines()), "")
     try:
-        prefix = read_environment(ENVIRONMENT).get("MIRROR_PATH_PREFIX", "").rstrip("/")
+        prefix = Config.from_environ(environ_of(process)).path_prefix
+    except (OSError, ConfigError):
+        yield Finding(f"{SERVICE} does not run", LOOK)
+        return
+    yield from serving(address, prefix)
+
+
+def shown(name: str, unit: str) -> str:
+    """Return a property of a unit."""
+    command = ["systemctl", "show", "--value", "--property", name, unit]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()  # noqa: S603
+
+
+def environ_of(process: str | int) -> dict[str, str]:
+    """Return the environment that a process was started with: not that of the files, which may be newer."""
+    variables = Path(f"/proc/{process}/environ").read_text(encoding="utf-8", errors="surrogateescape").split("\0")
+    return dict(variable.split("=", 1) for variable in variables if "=" in variable)
+
+
+def serving(address: str, prefix: str = "") -> Iterator[Finding]:
+    """See whether a mirror answers at an address, and yield one finding for `/healthz` and one for `/v2/`."""
+    try:
         health = status(address, f"{prefix}/healthz")
         if health != 200:
-            yield Finding(f"/healthz at {address} answers {health}", look)
+            yield Finding(f"/healthz at {address} answers {health}", LOOK)
             return
         yield Finding(f"/healthz at {address}")
         ping = status(address, f"{prefix}/v2/")
-    except (OSError, http.client.HTTPException) as error:
-        yield Finding(f"the mirror does not answer at {address}: {error}", look)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        yield Finding(f"the mirror does not answer at {address}: {error}", LOOK)
         return
     if ping in UPSTREAM_FAILS:
         yield Finding(f"/v2/ answers {ping}: the mirror serves, but the registry does not; see ./deploy.sh check")
     else:
-        yield Finding(f"/v2/ answers {ping}", "" if ping in ANSWERS else look)
+        yield Finding(f"/v2/ answers {ping}", "" if ping in ANSWERS else LOOK)
 
 
 UPSTREAM_FAILS = (429, 502, 503, 504)

@@ -395,7 +395,10 @@ class Config:
         "", str, "Hosts, domains and networks that are reached without a proxy, with commas between.", "NO_PROXY"
     )
     credentials: str | None = setting(
-        None, str, "Folder of each `password_file` with a relative path; systemd sets it.", "CREDENTIALS_DIRECTORY"
+        None,
+        str,
+        "Folder of `MIRROR_USERS` and of each `password_file`, where their path is relative; systemd sets it.",
+        "CREDENTIALS_DIRECTORY",
     )
 
     @classmethod

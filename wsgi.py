@@ -313,13 +313,16 @@ def pre_exec(server: Any) -> None:
     """At SIGUSR2, before the next master is executed: let it be the one that is installed now.
 
     Its script names the Python of the version to which ``current`` leads; gunicorn would take the one of this process.
-    From systemd it takes descriptors 3, 4, …, but has moved its own elsewhere.
+    From systemd it takes descriptors 3, 4, …, but has moved its own elsewhere; it is to inherit no others.
     """
     script = server.START_CTX["args"][1]
     if os.access(script, os.X_OK):
         server.START_CTX.update({0: script, "args": server.START_CTX["args"][1:]})
     if server.systemd:
-        spare = [fcntl.fcntl(listener.fileno(), fcntl.F_DUPFD, 100) for listener in server.LISTENERS]
+        listeners = [listener.fileno() for listener in server.LISTENERS]
+        spare = [fcntl.fcntl(listener, fcntl.F_DUPFD_CLOEXEC, 100) for listener in listeners]
+        for listener in listeners:
+            os.set_inheritable(listener, False)
         for number, descriptor in enumerate(spare, systemd.SD_LISTEN_FDS_START):
             os.dup2(descriptor, number)
 

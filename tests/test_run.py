@@ -252,8 +252,10 @@ def test_a_wrong_setting_stops_the_start_with_a_line_that_says_why(installed: Pa
 
 @pytest.mark.parametrize("command", ["install", "uninstall"])
 def test_a_dry_run_needs_no_root_and_changes_nothing(installed: Path, elsewhere: Path, command: str) -> None:
+    """It ends as the installation would: badly where a part of the host is missing, such as systemd."""
     ended = run(installed / "deploy.sh", command, "--dry-run", cwd=elsewhere)
-    assert ended.returncode == 0, ended.stderr
+    assert ended.returncode == ("\nproblem " in ended.stderr), ended.stderr
+    assert ended.returncode == ("it would be refused" in ended.stderr)
     told = "would run: systemctl" if command == "install" else "nothing to change"
     assert told in ended.stderr
 
@@ -262,6 +264,28 @@ def test_a_dry_run_needs_no_root_and_changes_nothing(installed: Path, elsewhere:
 def test_an_option_that_is_none_is_refused(installed: Path, elsewhere: Path, command: str) -> None:
     ended = run(installed / "deploy.sh", command, "--dry-run", "--dryrun", cwd=elsewhere)
     assert (ended.returncode, ended.stderr) == (1, "deploy.sh: unknown option: --dryrun\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("install --purge", "--purge is an option of uninstall"),
+        ("uninstall --wheels=.", "--wheels is an option of install"),
+        ("install --wheels=", "--wheels needs a folder"),
+        ("install --wheels none", "--wheels needs a folder"),
+    ],
+)
+def test_an_option_that_means_nothing_here_is_refused(installed: Path, elsewhere: Path, words: str, told: str) -> None:
+    ended = run(installed / "deploy.sh", *words.split(), "--dry-run", cwd=elsewhere)
+    assert (ended.returncode, ended.stderr) == (1, f"deploy.sh: {told}\n")
+
+
+def test_a_dry_run_of_a_check_installs_nothing(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "deploy.sh", tmp_path)
+    ended = run(tmp_path / "deploy.sh", "check", "--dry-run", "http://127.0.0.1:9", cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert "check http://127.0.0.1:9" in ended.stderr
+    assert not (tmp_path / ".venv").exists()
 
 
 def test_a_url_is_checked_by_the_owners_command(installed: Path, elsewhere: Path) -> None:

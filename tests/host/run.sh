@@ -5,6 +5,7 @@ set -euo pipefail
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd)
 python=$root/.venv/bin/python
+lock=/run/lock/docker-mirror-host-tests.lock
 packages=(debootstrap systemd-container docker-registry nginx skopeo docker.io containerd)
 
 # In CI nothing may skip.
@@ -29,9 +30,16 @@ dpkg-query --show "${packages[@]}" >/dev/null 2>&1 ||
     DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends "${packages[@]}" >/dev/null ||
     skip "it needs the packages ${packages[*]}"
 
+# Two trees that are booted would share this machine's addresses and control groups.
+exec 9>"$lock"
+flock --nonblock 9 || {
+    printf 'tests/host/run.sh: waiting for another run of it\n' >&2
+    flock --timeout 1800 9 || skip "another run of it does not end"
+}
+
 work=$(mktemp -d)
 trap 'rm -rf --one-file-system "$work"' EXIT
-timeout 600 debootstrap --variant=minbase --include=systemd,systemd-sysv,dbus,sudo,python3,python3-venv \
+timeout 600 debootstrap --variant=minbase --include=systemd,systemd-sysv,dbus,sudo,python3 \
     bookworm "$work/tree" "$mirror" >"$work/debootstrap.log" &
 debootstrap=$!
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import bcrypt
 import pytest
 import requests
 from clients import Skopeo
@@ -36,6 +37,8 @@ SERVICE = "docker-mirror.service"
 UNITS = ("docker-mirror.socket", SERVICE)
 ENVIRONMENT = "/etc/docker-mirror/docker-mirror.env"
 RELEASES = "/opt/docker-mirror"
+RELEASES_KEPT = 2
+LOCK = "/run/lock/docker-mirror.lock"  # an empty file in memory; who took it away could let two in
 
 
 class Service:
@@ -162,6 +165,29 @@ def transfer(service: Service, digest: str) -> Iterator[Transfer]:
             yield running
 
 
+def test_a_fresh_host_gets_what_is_missing_and_wrong_settings_stop_the_installation(service: Service) -> None:
+    ended = service.deploy("install", "--dry-run")
+    assert "would run: apt-get install --yes --no-install-recommends python3-venv" in ended.stderr
+    with written(service, ENVIRONMENT, "MIRROR_PROXIES='x'\n"):
+        ended = service.install()
+    assert ended.returncode == 1
+    assert "Python's venv module is missing; installing: python3-venv" in ended.stderr
+    assert "problem  MIRROR_PROXIES: 'x' is not a whole number" in ended.stderr
+    assert not service.machine.path(RELEASES).exists()
+
+
+@contextmanager
+def written(service: Service, inside: str, text: str) -> Iterator[Path]:
+    """Replace a file of the machine's for a while."""
+    file = service.machine.path(inside)
+    before = file.read_text()
+    file.write_text(text)
+    try:
+        yield file
+    finally:
+        file.write_text(before)
+
+
 def test_a_dry_run_says_what_it_would_do_and_does_nothing(service: Service) -> None:
     before = service.state()
     ended = service.deploy("install", "--dry-run")
@@ -171,14 +197,12 @@ def test_a_dry_run_says_what_it_would_do_and_does_nothing(service: Service) -> N
 
 
 def test_a_first_installation_that_does_not_come_up_is_taken_away_again(service: Service) -> None:
-    settings = service.machine.path(ENVIRONMENT)
-    before = settings.read_text()
-    settings.write_text("MIRROR_PROXIES=x\n")
-    ended = service.install()
-    settings.write_text(before)
+    with changed(service, wsgi="raise SystemExit('broken on purpose')"):
+        ended = service.install()
     assert ended.returncode == 1
-    assert "MIRROR_PROXIES: 'x' is not a whole number" in ended.stderr
+    assert "broken on purpose" in ended.stderr
     assert not service.machine.path(RELEASES).exists()
+    assert not os.path.lexists(service.machine.path("/usr/local/bin/docker-mirror"))
     assert not any(service.machine.path(f"/etc/systemd/system/{unit}").exists() for unit in UNITS)
 
 
@@ -226,6 +250,31 @@ def test_the_owner_is_told_what_the_host_lacks(installed: Service, hub: Hub) -> 
     assert f"ok       the settings: {ENVIRONMENT}\n" in shown
 
 
+def test_a_file_that_the_service_cannot_read_is_a_problem(installed: Service) -> None:
+    """Root can, and so it is the service's view that counts."""
+    file = installed.machine.path("/etc/docker-mirror/registries.toml")
+    file.chmod(0o600)
+    ended = installed.deploy("check")
+    file.chmod(0o644)
+    assert ended.returncode == 1
+    assert "problem  MIRROR_REGISTRIES: registries.toml: [Errno 13] Permission denied" in ended.stdout
+    assert "must be readable for everyone" in ended.stdout
+
+
+def test_the_owners_command_is_found(installed: Service) -> None:
+    assert "docker-mirror, version" in installed.machine.succeeds("/usr/local/bin/docker-mirror", "--version")
+
+
+def test_a_second_installation_at_the_same_time_is_refused(installed: Service) -> None:
+    with ThreadPoolExecutor() as pool:
+        held = pool.submit(installed.machine.run, "flock", LOCK, "sleep", "3")
+        time.sleep(1)
+        ended = installed.install()
+        held.result()
+    assert ended.returncode == 1
+    assert "another install or uninstall is running" in ended.stderr
+
+
 def test_a_second_installation_changes_nothing_and_says_so(installed: Service) -> None:
     before, pid = installed.state(), installed.pid()
     ended = installed.install()
@@ -261,12 +310,21 @@ def test_a_reload_lets_another_process_serve_at_once_while_a_transfer_ends(insta
     with transfer(installed, large) as running:
         installed.machine.succeeds("systemctl", "reload", SERVICE)
         assert poll(lambda: installed.pid() != before, 30, 0.2)
+        assert listeners_of_the_main_process(installed) == 1
         running.read(80)
         assert installed.status() == 200
         assert is_running(installed, before)
         assert running.digest() == large
     assert poll(lambda: not is_running(installed, before), 30, 0.2)
     assert installed.show("ActiveState") == "active"
+
+
+def listeners_of_the_main_process(service: Service) -> int:
+    """Return how many descriptors it has of the address. Source: proc(5), where state 0A is LISTEN."""
+    pid = service.pid()
+    sockets = [line.split() for line in service.machine.succeeds("cat", f"/proc/{pid}/net/tcp").splitlines()]
+    (inode,) = (words[9] for words in sockets if words[1].endswith(f":{service.port:04X}") and words[3] == "0A")
+    return service.machine.succeeds("sh", "-c", f"readlink /proc/{pid}/fd/*").count(f"socket:[{inode}]")
 
 
 def is_running(service: Service, pid: str) -> bool:
@@ -289,6 +347,41 @@ def test_a_stop_after_a_reload_waits_for_the_transfers_of_both_processes(install
             assert not restart.done()
         assert old.digest() == large
         restart.result(60)
+
+
+def test_a_reload_with_a_wrong_registries_file_fails_and_changes_nothing(installed: Service) -> None:
+    before = installed.pid()
+    with written(installed, "/etc/docker-mirror/registries.toml", "[broken"):
+        assert installed.machine.run("systemctl", "reload", SERVICE).returncode != 0
+    assert (installed.pid(), installed.status()) == (before, 200)
+    assert "registries.toml" in installed.machine.succeeds("journalctl", "--unit", SERVICE, "--lines", "20")
+
+
+def test_the_mirrors_own_users_stand_in_a_file_that_only_root_can_read(installed: Service) -> None:
+    file = installed.machine.path("/etc/docker-mirror/credentials/htpasswd")
+    file.write_text(f"bob:{bcrypt.hashpw(b'wonderland', bcrypt.gensalt(4)).decode()}\n")
+    file.chmod(0o600)
+    with written(installed, ENVIRONMENT, "MIRROR_REGISTRIES=registries.toml\nMIRROR_USERS=credentials_htpasswd\n"):
+        installed.machine.succeeds("systemctl", "restart", SERVICE)
+        assert installed.deploy("check").stdout.count(f"ok       the settings: {ENVIRONMENT}\n") == 1
+    with requests.Session() as session:
+        session.trust_env = False
+        statuses = [
+            session.get(f"{installed.url}/token", auth=("bob", word)).status_code for word in ("wonderland", "x")
+        ]
+    assert statuses == [200, 401]
+    file.unlink()
+    installed.machine.succeeds("systemctl", "restart", SERVICE)
+
+
+def test_a_service_that_cannot_start_gives_its_address_up_and_can_be_started_again(installed: Service) -> None:
+    with written(installed, ENVIRONMENT, "MIRROR_PROXIES=x\n"):
+        installed.machine.run("systemctl", "restart", SERVICE)
+        assert poll(lambda: installed.machine.run("systemctl", "is-failed", UNITS[0]).returncode == 0, 120, 1)
+        assert installed.status() == 0
+    installed.machine.succeeds("systemctl", "reset-failed", *UNITS)
+    installed.machine.succeeds("systemctl", "start", SERVICE)
+    assert installed.status() == 200
 
 
 def test_a_worker_that_is_killed_is_replaced(installed: Service) -> None:
@@ -336,14 +429,45 @@ def test_an_upgrade_lets_a_transfer_end_and_refuses_nobody(installed: Service, l
     assert {old, installed.release()} <= set(os.listdir(installed.machine.path(RELEASES)))
 
 
+def test_an_upgrade_takes_in_what_the_owner_has_changed_since_the_start(installed: Service) -> None:
+    """The setting is written as systemd takes it, and the address is one that systemd has not read yet."""
+    port = free_port(HOST)
+    drop_in = "/etc/systemd/system/docker-mirror.socket.d/port.conf"
+    other = f"[Socket]\nListenStream =\nListenStream = {HOST}:{port} \n"
+    settings = "MIRROR_REGISTRIES=registries.toml\n  MIRROR_PATH_PREFIX = '/s3cret' \n"
+    with written(installed, ENVIRONMENT, settings), written(installed, drop_in, other):
+        with changed(installed, wsgi="# with other settings"):
+            ended = installed.install()
+        assert ended.returncode == 0, ended.stderr
+        there = Service(installed.machine, port)
+        assert (there.status("/s3cret/healthz"), there.status()) == (200, 404)
+        assert installed.status() == 0
+    ended = installed.install()
+    assert ended.returncode == 0, ended.stderr
+    assert installed.status() == 200
+
+
+ANSWERS_500 = """
+def failing(environ, start_response):
+    print("broken on purpose", flush=True)
+    start_response("500 Internal Server Error", [])
+    return []
+
+
+app.wsgi_app = failing
+"""
+
+
 @pytest.mark.parametrize(
     "files",
     [
         {"wsgi": "raise SystemExit('broken on purpose')"},
         {"wsgi": "raise SystemExit('broken on purpose')", "unit": "# another unit"},
         {"wsgi": "def post_worker_init(worker):\n    raise SystemExit('broken on purpose')"},
+        {"wsgi": ANSWERS_500},
+        {"wsgi": ANSWERS_500, "unit": "# another unit"},
     ],
-    ids=["at once", "with another unit", "in the worker"],
+    ids=["at once", "with another unit", "in the worker", "answers wrongly", "answers wrongly with another unit"],
 )
 def test_an_upgrade_to_a_broken_version_goes_back(installed: Service, files: dict[str, str]) -> None:
     before = installed.release()
@@ -354,6 +478,7 @@ def test_an_upgrade_to_a_broken_version_goes_back(installed: Service, files: dic
     assert ended.returncode == 1
     assert "broken on purpose" in ended.stderr
     assert f"did not come up: {before} serves" in ended.stderr
+    assert len([name for name in os.listdir(installed.machine.path(RELEASES)) if name != "current"]) == RELEASES_KEPT
     assert installed.release() == before
     assert before in installed.machine.succeeds("sh", "-c", f"tr '\\0' '\\n' </proc/{installed.pid()}/cmdline")
     assert installed.status() == 200
@@ -428,4 +553,4 @@ def left(machine: Machine) -> set[str]:
     found = machine.succeeds(
         "find", "/", "(", *prune, ")", "-prune", "-o", "-name", "*docker-mirror*", "-prune", "-print"
     )
-    return set(found.split())
+    return set(found.split()) - {LOCK}
