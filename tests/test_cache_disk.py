@@ -89,7 +89,7 @@ def test_a_disk_that_is_full_keeps_nothing_and_passes_all(cached: Cached) -> Non
         assert (answer.status, answer.body, answer.headers["x-cache"]) == (200, depot.content, "BYPASS")
         assert depot.ranges == [None]
         part = cached.ask(cached.serves(depot), {"Range": "bytes=5-9"})
-        assert part.body in (depot.content, depot.content[5:10])
+        assert (part.status, part.body) == (206, depot.content[5:10])
     assert is_degraded(cached)
     assert len(failures(cached)) == 1
     foreign.unlink()
@@ -302,3 +302,74 @@ def test_a_cache_in_a_file_stops_the_start_with_one_line(tmp_path: Path, place: 
     (line,) = (ended.stdout + ended.stderr).strip().splitlines()
     assert f"MIRROR_CACHE_DIR: {tmp_path / place}: " in line
     assert os.listdir(tmp_path) == ["file"]
+
+
+# Input and output errors, which no disk here has: the mirror's process is made to meet them while a file is there.
+
+FAULTY = """\
+import errno, os
+def faulty(name, number_of):
+    call = getattr(os, name)
+    def wrapped(*arguments):
+        path = os.readlink(f"/proc/self/fd/{arguments[number_of]}")
+        if "/blobs/" in path and os.path.exists(f"@FOLDER@/{name}"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return call(*arguments)
+    setattr(os, name, wrapped)
+faulty("pwrite", 0)
+faulty("pread", 0)
+faulty("sendfile", 1)
+"""
+
+
+@pytest.fixture
+def faulty(tmp_path: Path) -> Iterator[tuple[Cached, Path]]:
+    """Give a mirror and a folder: what a file in that is named after fails on the blobs of the cache."""
+    faults = tmp_path / "faults"
+    faults.mkdir()
+    (faults / "sitecustomize.py").write_text(FAULTY.replace("@FOLDER@", str(faults)))
+    with cached_lab(tmp_path / "cache", env={"PYTHONPATH": str(faults)}) as lab:
+        yield Cached(lab, tmp_path / "cache"), faults
+
+
+def test_what_the_disk_does_not_give_back_comes_from_upstream(faulty: tuple[Cached, Path]) -> None:
+    cached, faults = faulty
+    depot = Depot(random_bytes("unreadable", 2 * MIB))
+    path = cached.serves(depot)
+    cached.ask(path)
+    assert cached.has(depot)
+    (faults / "sendfile").touch()
+    answer = cached.ask(path)
+    assert (answer.status, answer.body, answer.headers["x-cache"]) == (200, depot.content, "HIT")
+    assert depot.ranges == [None, f"bytes=0-{2 * MIB - 1}"]
+    assert not cached.file(depot.digest).exists(), "the next client does not get there"
+    assert is_degraded(cached)
+    assert len(failures(cached)) == 1
+    (faults / "sendfile").unlink()
+    works_again(cached)
+
+
+def test_what_the_disk_does_not_take_passes_through(faulty: tuple[Cached, Path]) -> None:
+    cached, faults = faulty
+    (faults / "pwrite").touch()
+    for number in range(3):
+        depot = Depot(random_bytes(f"unwritable {number}", 2 * MIB))
+        assert cached.ask(cached.serves(depot)).body == depot.content
+        assert depot.ranges == [None], "one connection brings all of it"
+    assert is_degraded(cached)
+    assert len(failures(cached)) == 1
+    (faults / "pwrite").unlink()
+    works_again(cached)
+
+
+def test_a_manifest_that_the_disk_does_not_give_back_comes_from_upstream(faulty: tuple[Cached, Path]) -> None:
+    cached, faults = faulty
+    body = b'{"schemaVersion": 2}'
+    headers = {"Content-Type": OCI_MANIFEST, "Docker-Content-Digest": digest_of(body)}
+    path = f"/v2/app/manifests/{digest_of(body)}"
+    cached.lab.upstream.answers[path.replace("app", "library/app")] = reply(200, body, headers)
+    assert [cached.ask(path).headers["x-cache"] for _ in range(2)] == ["MISS", "HIT"]
+    (faults / "pread").touch()
+    answer = cached.ask(path)
+    assert (answer.status, answer.body, answer.headers["x-cache"]) == (200, body, "MISS")
+    assert "Input/output error" in failures(cached)[0]
