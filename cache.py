@@ -43,6 +43,7 @@ MEDIA_TYPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]{0,126}/[A-Za-z0-9][A-Z
 PART, SIZE, NEW = ".part", ".size", ".new"
 UNCONFIRMED = b"?"  # behind a size that upstream has not told this time
 READ = 1 << 20  # bytes that are hashed at a time
+END_OF_FILE = 1 << 63  # bytes; no file is so long
 LOOK_EVERY = 32 << 20  # bytes after which the free space is looked at
 TOUCH_EVERY = 60  # seconds within which a further use is not noted
 CANDIDATES = 32_768  # of eviction, that are remembered
@@ -115,22 +116,11 @@ class Hash(Protocol):
         """Take the next bytes in."""
 
 
-class Blob:
-    """Hold a file of the store open for reading, so that it stays. Whoever has one must close it.
+class Opened:
+    """Hold a file of the store open at `fd`. Whoever has one must close it."""
 
-    `size` is in bytes; `stored` is when it came, in time.time().
-    """
-
-    def __init__(self, path: Path, fd: int) -> None:
-        self.path = path
+    def __init__(self, fd: int) -> None:
         self.fd = fd
-        found = os.fstat(fd)
-        self.size = found.st_size
-        self.stored = found.st_mtime
-
-    def read(self) -> bytes:
-        """Return all bytes."""
-        return os.pread(self.fd, self.size, 0)
 
     def close(self) -> None:
         """Close the file; a second time does nothing."""
@@ -139,11 +129,29 @@ class Blob:
             self.fd = -1
 
 
-class Follower:
-    """Read along what another process writes. Whoever has one must close it."""
+class Blob(Opened):
+    """Hold a file of the store open for reading, so that it stays.
+
+    `size` is in bytes; `stored` is when it came, in time.time().
+    """
+
+    def __init__(self, path: Path, fd: int) -> None:
+        super().__init__(fd)
+        self.path = path
+        found = os.fstat(fd)
+        self.size = found.st_size
+        self.stored = found.st_mtime
+
+    def read(self) -> bytes:
+        """Return all bytes."""
+        return os.pread(self.fd, self.size, 0)
+
+
+class Follower(Opened):
+    """Read along what another process writes."""
 
     def __init__(self, fd: int, size: int) -> None:
-        self.fd = fd
+        super().__init__(fd)
         self.size = size
         self._seen = 0
         self._stays = False
@@ -167,23 +175,17 @@ class Follower:
             fcntl.flock(self.fd, fcntl.LOCK_UN)  # the next one may go on with it
         return ended
 
-    def close(self) -> None:
-        """Close the file; a second time does nothing."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
 
-
-class Partial:
-    """Write one blob. Whoever has a partial is the only one in all processes, and must close it.
+class Partial(Opened):
+    """Write one blob. Whoever has a partial is the only one in all processes.
 
     `written` bytes are on disk, and may be read at `fd`. The last ones get there only if all are right. `size` is None
     until it is known; what an earlier process wrote may be gone on with.
     """
 
     def __init__(self, cache: Cache, digest: str, fd: int) -> None:
+        super().__init__(fd)
         self.path = cache.path(digest)
-        self.fd = fd
         self._cache = cache
         self._algorithm, _, self._expected = digest.partition(":")
         self._hash = hashlib.new(self._algorithm)  # of the bytes that write() took
@@ -307,12 +309,6 @@ class Partial:
                 self._unlink()
         finally:
             fcntl.flock(self.fd, fcntl.LOCK_UN)
-
-    def close(self) -> None:
-        """Close the file; a second time does nothing."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
 
     def _unlink(self) -> None:
         if _is_at(self.fd, _part(self.path)):
@@ -699,11 +695,18 @@ def _booted() -> int:
 def hash_file(whole: Hash, fd: int, end: int) -> None:
     """Hash the first `end` bytes of a file; raise OSError where it has not so many."""
     at = 0
-    while at < end:
-        chunk = os.pread(fd, min(READ, end - at), at)
-        if not chunk:
-            raise OSError(errno.EIO, "a file of the cache is too short")
+    for chunk in chunks(fd, end):
         whole.update(chunk)
+        at += len(chunk)
+    if at < end:
+        raise OSError(errno.EIO, "a file of the cache is too short")
+
+
+def chunks(fd: int, end: int = END_OF_FILE) -> Iterator[bytes]:
+    """Yield the bytes of an open file from the beginning, up to number `end` or its own end."""
+    at = 0
+    while chunk := os.pread(fd, min(READ, end - at), at):
+        yield chunk
         at += len(chunk)
 
 

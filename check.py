@@ -59,7 +59,7 @@ CLOCK_SECONDS = 60  # by which two clocks may differ: dockerd keeps a token for 
 HELD_SECONDS = 1.0  # by which the first byte of a whole blob may come later than that of a part
 HELD_SIZE = 1 << 20  # bytes; a smaller blob is too quick to tell
 DIGEST = re.compile(r"sha256:[a-f0-9]{64}|sha512:[a-f0-9]{128}")
-ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm/v7", "i686": "386"}
+MACHINES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm/v7", "armv6l": "arm/v6", "i686": "386"}
 NO_ROUTE = (errno.ENETUNREACH, errno.EADDRNOTAVAIL)
 
 HOST_MEND = (
@@ -157,10 +157,15 @@ class Image(NamedTuple):
         return f"?ns={quote(self.ns)}" if self.ns else ""
 
 
+def host_platform() -> str:
+    """Return the platform of this host, such as linux/arm/v7."""
+    return f"linux/{MACHINES.get(platform.machine(), platform.machine())}"
+
+
 def parse_platform(text: str | None) -> tuple[str, ...]:
     """Return os, architecture and, if told, variant; without a text, this host's; raise ValueError where it is none."""
     if text is None:
-        text = f"linux/{ARCHITECTURES.get(platform.machine(), platform.machine())}"
+        text = host_platform()
     if not re.fullmatch(r"[a-z0-9]+/[a-z0-9_]+(/[a-z0-9]+)?", text):
         raise ValueError(f"{text!r} is no platform such as linux/arm64")
     return tuple(text.split("/"))

@@ -12,7 +12,6 @@ import errno
 import hashlib
 import json
 import os
-import platform
 import stat
 import sys
 import time
@@ -43,7 +42,9 @@ from cache import Name
 from cache import Partial
 from cache import Record
 from cache import WrongDigest
+from cache import chunks
 from cache import is_digest
+from check import host_platform
 from mirror import MANIFEST_TYPES
 from mirror import MAX_MANIFEST
 from mirror import MirrorError
@@ -493,12 +494,12 @@ def _wrong_with(cache: Cache, digest: str, note: Callable[[int], object]) -> str
 
 def _wrong_bytes(blob: Blob, digest: str, note: Callable[[int], object]) -> str | None:
     try:
-        return None if hash_file(blob.fd, digest, note) else "has other bytes than it is named by"
+        return None if has_digest(blob.fd, digest, note) else "has other bytes than it is named by"
     except OSError as error:
         return f"cannot be read ({error.strerror})"
 
 
-def hash_file(fd: int, digest: str, note: Callable[[int], object]) -> bool:
+def has_digest(fd: int, digest: str, note: Callable[[int], object]) -> bool:
     """Tell whether an open file has the digest; `note` is given the number of bytes that were read each time."""
     algorithm, _, expected = digest.partition(":")
     found = hashlib.new(algorithm)
@@ -506,14 +507,6 @@ def hash_file(fd: int, digest: str, note: Callable[[int], object]) -> bool:
         found.update(chunk)
         note(len(chunk))
     return found.hexdigest() == expected
-
-
-def chunks(fd: int) -> Iterator[bytes]:
-    """Yield an open file's bytes from the beginning."""
-    at = 0
-    while chunk := os.pread(fd, READ, at):
-        yield chunk
-        at += len(chunk)
 
 
 def verify_records(cache: Cache) -> int:
@@ -547,16 +540,10 @@ def prune_store(cache: Cache) -> tuple[int, int]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 TIMEOUT = (10, 300)  # seconds: to connect, and for each read
-MACHINES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm/v7", "armv6l": "arm/v6", "i686": "386"}
 
 
 class Failed(Exception):
     """Say in words why an image or a blob could not be pulled."""
-
-
-def host_platform() -> str:
-    """Return the platform of this host."""
-    return f"linux/{MACHINES.get(platform.machine(), platform.machine())}"
 
 
 def chosen(index: Manifest, platforms: tuple[str, ...]) -> list[Part]:
@@ -828,7 +815,7 @@ class Import:
 
     def _link(self, fd: int, digest: str, note: Callable[[int], object]) -> bool:
         """Take a file as it is; tell whether that could be. Whoever waits for the blob does not wait for its hash."""
-        if not hash_file(fd, digest, note):
+        if not has_digest(fd, digest, note):
             raise WrongDigest
         with claimed(self._cache, digest) as partial:
             try:

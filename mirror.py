@@ -730,6 +730,11 @@ class Wanted(NamedTuple):
     verify: bool = False
 
     @property
+    def plain_headers(self) -> dict[str, str]:
+        """Return the headers that neither ask for a part nor set a condition."""
+        return kept(self.headers, ("Accept", "Via"))
+
+    @property
     def digest(self) -> str | None:
         """Return the digest that names the content, and so every byte of it; None for a tag or a list."""
         kind, _, reference = self.resource.partition("/")
@@ -1908,7 +1913,7 @@ class Stream:
     def _rest(self, span: Span) -> Answer:
         """Return an answer that goes on where the last one broke off."""
         end = "" if span.last is None or span.last + 1 == span.total else span.last
-        headers = kept(self._wanted.headers, ("Accept", "Via")) | {"Range": f"bytes={self._at}-{end}"}
+        headers = self._wanted.plain_headers | {"Range": f"bytes={self._at}-{end}"}
         etag = self._answer.response.headers.get("ETag", "")
         if self._wanted.digest is None and etag.startswith('"'):  # a weak one must not stand there
             headers["If-Range"] = etag
@@ -2408,8 +2413,7 @@ class Download:
     """
 
     def __init__(self, store: PullThrough, wanted: Wanted) -> None:
-        headers = kept(wanted.headers, ("Accept", "Via"))
-        self.wanted = wanted._replace(method="GET", headers=headers)
+        self.wanted = wanted._replace(method="GET", headers=wanted.plain_headers)
         self.digest = cast(str, wanted.digest)
         self.size: int | None = None
         self.error: MirrorError | Lost | None = None
@@ -2757,12 +2761,12 @@ class PullThrough:
         if wanted.digest is not None and not is_digest(wanted.digest):
             return None
         record = self._record(name)
-        copy = self._served(wanted, record) if record is not None else None
-        if record is None or copy is None:
+        copy = self._served(record) if record is not None else None
+        if copy is None:
             return self._missed(wanted, name)
-        if not accepts(wanted.headers.get("Accept"), record.media_type):
+        if not accepts(wanted.headers.get("Accept"), copy.record.media_type):
             return None
-        return copy if wanted.digest is not None else self._tag(wanted, name, record, copy)
+        return copy if wanted.digest is not None else self._tag(wanted, name, copy)
 
     def _record(self, name: Name) -> Record | None:
         try:
@@ -2771,7 +2775,7 @@ class PullThrough:
             self.health.failed(error)
             return None
 
-    def _served(self, wanted: Wanted, record: Record) -> Manifest | None:
+    def _served(self, record: Record) -> Manifest | None:
         """Return a manifest from the disk; None where it has gone, or is not right any more."""
         try:
             blob = self.cache.open(record.digest)
@@ -2786,15 +2790,15 @@ class PullThrough:
             self.health.failed(error)
         return None
 
-    def _tag(self, wanted: Wanted, name: Name, record: Record, copy: Manifest) -> Manifest | None:
+    def _tag(self, wanted: Wanted, name: Name, copy: Manifest) -> Manifest | None:
         """Return what a kept tag stands for: as it is while fresh, else as upstream says, or as it was."""
-        age = time.time() - record.checked
+        age = time.time() - copy.record.checked
         if 0 <= age < self._config.tag_ttl:
             return copy
         if age > self._config.stale:
             return self._missed(wanted, name)
         try:
-            return self._current(wanted, name, record, copy)
+            return self._current(wanted, name, copy)
         except Late:
             return copy._replace(label="STALE", warning=WARN_STALE)
         except (*FAILURES, Cooling):
@@ -2805,26 +2809,24 @@ class PullThrough:
             self._on_disk(self.cache.forget, name)
             raise
 
-    def _current(self, wanted: Wanted, name: Name, record: Record, copy: Manifest) -> Manifest | None:
+    def _current(self, wanted: Wanted, name: Name, copy: Manifest) -> Manifest | None:
         """Return what a tag stands for now; raise MirrorError."""
         if time.monotonic() < self._quiet_until.get(name.registry, 0):
             raise Cooling(f"{name.registry} failed a moment ago")
         try:
-            now = self._checked.get(name, lambda: self._check(wanted, name, record), SLOW_CHECK)
+            now = self._checked.get(name, lambda: self._check(wanted, name, copy), SLOW_CHECK)
         except FAILURES:
             self._quiet_until[name.registry] = time.monotonic() + QUIET_SECONDS
             raise
-        if now.record.digest == record.digest:
-            return copy._replace(record=now.record)
         return now if accepts(wanted.headers.get("Accept"), now.record.media_type) else None
 
-    def _check(self, wanted: Wanted, name: Name, record: Record) -> Manifest:
+    def _check(self, wanted: Wanted, name: Name, copy: Manifest) -> Manifest:
         """Ask upstream what a tag stands for now, and bring that here if it has moved.
 
         A HEAD costs nothing of Docker Hub's quota. Where it is refused, a GET tells more: a HEAD has no body that could
         say whose word this is. What is new is noted only with its content: until then the old one may have to do.
         """
-        types = dict.fromkeys((*MANIFEST_TYPES, record.media_type))
+        types = dict.fromkeys((*MANIFEST_TYPES, copy.record.media_type))
         wanted = wanted._replace(headers={**kept(wanted.headers, ("Via",)), "Accept": ", ".join(types)})
         now = None
         try:
@@ -2833,13 +2835,13 @@ class PullThrough:
             raise
         except MirrorError as error:
             log.debug("%s", error)
-        wanted = wanted._replace(method="GET")
-        if now is not None and now.digest == record.digest:
-            now = record._replace(checked=now.checked)
-        found = self._served(wanted, now) if now is not None else None
-        if now is None or found is None:
-            return self._fetched(wanted, name)
-        self._on_disk(self.cache.note, name, now)
+        if now is not None and now.digest == copy.record.digest:
+            found: Manifest | None = copy._replace(record=copy.record._replace(checked=now.checked))
+        else:
+            found = self._served(now) if now is not None else None
+        if found is None:
+            return self._fetched(wanted._replace(method="GET"), name)
+        self._on_disk(self.cache.note, name, found.record)
         return found
 
     def _missed(self, wanted: Wanted, name: Name) -> Manifest | None:
@@ -2853,7 +2855,7 @@ class PullThrough:
 
     def _seen(self, wanted: Wanted, name: Name) -> Manifest | None:
         """Return what upstream answers to a HEAD, and remember what the tag stands for."""
-        answer = self.upstream.fetch(wanted._replace(headers=kept(wanted.headers, ("Accept", "Via"))))
+        answer = self.upstream.fetch(wanted._replace(headers=wanted.plain_headers))
         record = record_of(answer)
         if record is None:
             return None
@@ -2862,10 +2864,9 @@ class PullThrough:
         return Manifest(record, None, "MISS", headers=kept(answer.response.headers, LIMIT_HEADERS))
 
     def _fetched(self, wanted: Wanted, name: Name) -> Manifest:
-        headers = kept(wanted.headers, ("Accept", "Via"))
-        answer = self.upstream.fetch(wanted._replace(headers=headers, whole=MAX_MANIFEST))
+        answer = self.upstream.fetch(wanted._replace(headers=wanted.plain_headers, whole=MAX_MANIFEST))
         body, shown = answer.start, answer.response.headers
-        media_type = kept(shown, ("Content-Type",)).get("Content-Type", "").partition(";")[0].strip()
+        media_type = parse_options_header(kept(shown, ("Content-Type",)).get("Content-Type"))[0]
         if media_type == "text/html":
             raise BadGateway(f"{answer.host} sent a web page in place of a manifest")
         named = wanted.digest or shown.get("Docker-Content-Digest", "")
@@ -2914,7 +2915,7 @@ def takes_all(accept: str) -> bool:
 def record_of(answer: Answer) -> Record | None:
     """Return what the headers of an answer to HEAD say; None where they do not say all."""
     headers = answer.response.headers
-    media_type = headers.get("Content-Type", "").partition(";")[0].strip()
+    media_type = parse_options_header(headers.get("Content-Type"))[0]
     digest, length = headers.get("Docker-Content-Digest", ""), headers.get("Content-Length", "")
     known = is_digest(digest) and MEDIA_TYPE.fullmatch(media_type) and not media_type.startswith(SIGNED)
     return Record(digest, media_type, int(length), time.time()) if known and length.isdigit() else None
@@ -2950,7 +2951,6 @@ class FileBody:
         self._response = environ.get("gunicorn.response")
         self._piece = THROTTLED if transfer.is_slowed else SENDFILE
         self._is_whole = self._at == 0 and self._end == source.size
-        self._has_source = True
         self._reopened = 0
         self._rest: Rest | None = None  # which no disk has
         self._ahead = self._at  # up to which the disk has been asked
@@ -2959,8 +2959,9 @@ class FileBody:
 
     def __iter__(self) -> Iterator[bytes]:
         yield b""  # sends the headers
+        has_source = True
         with reset_on_failure(self._client):
-            while self._at < self._end and self._has_source:
+            while self._at < self._end and has_source:
                 try:
                     ready = min(self._source.written, self._end)
                     if ready > self._at:
@@ -2968,7 +2969,7 @@ class FileBody:
                     else:
                         self._wait()
                 except Lost as lost:
-                    self._has_source = self._reopen(lost)
+                    has_source = self._reopen(lost)
             if self._at < self._end:
                 yield from self._other_way()
 
@@ -3074,7 +3075,7 @@ class FileBody:
 
     def _from_upstream(self) -> Rest:
         """Return the rest from upstream, for this client alone; raise MirrorError."""
-        headers = kept(self._wanted.headers, ("Accept", "Via")) | {"Range": f"bytes={self._at}-{self._end - 1}"}
+        headers = self._wanted.plain_headers | {"Range": f"bytes={self._at}-{self._end - 1}"}
         wanted = self._wanted._replace(method="GET", headers=headers, trail=Trail())
         answer = self._store.upstream.fetch(wanted)
         span = Span.of(answer)
@@ -3645,6 +3646,7 @@ class Views:
 
     def __init__(self, config: Config, registries: Mapping[str, Registry]) -> None:
         self._config = config
+        self.registries = registries
         self._router = Router(registries, config.default)
         self._upstream = Upstream(config, registries)
         self._gate = Gate(config, registries)

@@ -42,7 +42,6 @@ from mirror import below
 from mirror import create_app
 from mirror import takes_body
 from settings import Config
-from settings import load_registries
 
 HEAD_SECONDS = 20  # until a request is there whole: after the connection, or after its first byte on a kept one
 SEND_SECONDS = 300  # that a client may take no byte of its answer
@@ -295,7 +294,7 @@ def what_is_served(server: Any) -> str:
     """Return the line that ``systemctl status`` shows."""
     addresses = ", ".join(map(str, server.LISTENERS))
     workers = "1 worker" if server.num_workers == 1 else f"{server.num_workers} workers"
-    return f"Serving {len(load_registries(_settings))} registries at {addresses} with {workers}"
+    return f"Serving {len(app.extensions['docker-mirror'].registries)} registries at {addresses} with {workers}"
 
 
 def is_local(listener: socket.socket) -> bool:
