@@ -330,6 +330,7 @@ class Cache:
         self._blobs = directory / "blobs"
         self._tags = directory / "tags"
         self._candidates: deque[tuple[float, str]] = deque()  # last use and path, the oldest first
+        self._evicted: list[int] = []  # sizes
 
     def path(self, digest: str) -> Path:
         """Return where a blob is, or would be."""
@@ -505,6 +506,15 @@ class Cache:
         """Return how many bytes may come before anything has to go: into the store, and onto its disk."""
         return self._limits.size - self.count(0), self._free() - self._limits.min_free
 
+    def fill(self) -> tuple[int, int]:
+        """Return how many bytes the store takes, and how many are free on its disk."""
+        return self.count(0), self._free()
+
+    def take_evicted(self) -> list[int]:
+        """Return the sizes of what this process has removed since the last time."""
+        evicted, self._evicted = self._evicted, []
+        return evicted
+
     def make_room(self, size: int, counted: int = 0) -> None:
         """Count `size` bytes, of which some are `counted`, and evict what was not used for longest until they fit.
 
@@ -644,6 +654,7 @@ class Cache:
                 os.unlink(path)
                 if path.endswith(PART):
                     _remove(Path(path).with_suffix(SIZE))
+                self._evicted.append(found.st_size)
                 return found.st_size
         except OSError:  # it has gone, or the disk fails: then there are others
             return None

@@ -151,6 +151,9 @@ from settings import Registry
 from settings import did_you_mean
 from settings import load_registries
 from settings import load_users
+from telemetry import Report
+from telemetry import Run
+from telemetry import Telemetry
 
 __version__ = "0.1.0"
 
@@ -171,6 +174,7 @@ class MirrorError(Exception):
     status: int = 500
     code: str = "UNKNOWN"
     cools = True  # whether the endpoint that failed so is left alone for a while
+    reason = ""  # why an endpoint failed, in one word for the metrics
     is_final = False  # whether it is the registry's own word, which no kept copy contradicts
 
     def __init__(
@@ -291,6 +295,7 @@ class TooManyRequests(MirrorError):
 
     status = 429
     code = "TOOMANYREQUESTS"
+    reason = "limited"
 
 
 class BadGateway(MirrorError):
@@ -298,6 +303,7 @@ class BadGateway(MirrorError):
 
     status = 502
     code = "UNAVAILABLE"
+    reason = "answer"
 
 
 class Cooling(MirrorError):
@@ -312,6 +318,7 @@ class GatewayTimeout(MirrorError):
 
     status = 504
     code = "UNAVAILABLE"
+    reason = "timeout"
 
 
 class Late(GatewayTimeout):
@@ -336,7 +343,9 @@ def upstream_errors(host: str) -> Iterator[None]:
     except UPSTREAM_FAILURES as error:
         if isinstance(error, (requests.Timeout, urllib3.exceptions.TimeoutError, TimeoutError)):
             raise GatewayTimeout(f"{host} did not answer in time") from error
-        raise BadGateway(f"{host}: {root_cause(error)}") from error
+        failure = BadGateway(f"{host}: {root_cause(error)}")
+        failure.reason = "connection"
+        raise failure from error
 
 
 def root_cause(error: BaseException) -> str:
@@ -686,7 +695,8 @@ CHUNKS_AT_ONCE = 256  # until other requests have their turn
 MAX_TAGS = 16 << 20  # bytes of a list of tags, which may be renamed: gcr.io lists all digests in it
 RETRY_AFTER = "60"  # seconds, where upstream limits and does not say how long
 MAX_RETRY_AFTER = 6 * 3600.0  # seconds: Docker Hub's window
-KEEP_ON_ERROR = ("Retry-After", "Content-Range", "RateLimit-Limit", "RateLimit-Remaining")
+LIMIT_HEADERS = ("RateLimit-Limit", "RateLimit-Remaining")
+KEEP_ON_ERROR = ("Retry-After", "Content-Range", *LIMIT_HEADERS)
 FIRST_CHUNK, SLOW_CHUNK, FAST_CHUNK = 32 << 10, 16 << 10, 256 << 10  # bytes
 HEADER_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 
@@ -845,7 +855,7 @@ class Hash:
 def wrong_digest(host: str) -> BadGateway:
     """Return the error for bytes that are not what was asked for."""
     error = BadGateway(f"{host} sent bytes that do not have the digest they are named by")
-    error.cools = False  # it is about one object
+    error.cools, error.reason = False, "digest"  # it is about one object
     return error
 
 
@@ -1257,10 +1267,13 @@ class Cooldowns:
             self._tried.add(key)
         return True
 
-    def failed(self, key: Key, began: float, retry_after: float | None) -> None:
-        """Pause for `retry_after` seconds, else for 30 s, doubled after each further failure up to 10 min."""
+    def failed(self, key: Key, began: float, retry_after: float | None) -> float | None:
+        """Pause for `retry_after` seconds, else for 30 s, doubled after each further failure up to 10 min.
+
+        Return for how long; None where that is known already.
+        """
         if began < self._failed_at.get(key, 0):
-            return
+            return None
         now = time.monotonic()
         if retry_after is None:
             retry_after = self._pause[key] = min(2 * self._pause.get(key, FIRST_PAUSE / 2), LONGEST_PAUSE)
@@ -1268,6 +1281,7 @@ class Cooldowns:
         self._until[key] = now + max(retry_after, 1)
         self._tried.discard(key)
         log.warning("%s is left alone for %.0f s", host_of(key[1]), self._until[key] - now)
+        return self._until[key] - now
 
     def succeeded(self, key: Key, began: float) -> None:
         """Forget that the endpoint failed."""
@@ -1336,7 +1350,8 @@ class Outbound:
 class Upstream:
     """Ask the registries, as the mirror itself or as a client, and follow their redirects."""
 
-    def __init__(self, config: Config, registries: Mapping[str, Registry]) -> None:
+    def __init__(self, config: Config, registries: Mapping[str, Registry], telemetry: Telemetry) -> None:
+        self.telemetry = telemetry
         self._login = config.login
         self._timeouts = (config.connect_timeout, config.first_byte_timeout)
         self._first_byte = config.first_byte_timeout
@@ -1402,7 +1417,9 @@ class Upstream:
             yield
         except FAILURES as error:
             if error.cools:
-                self._cooldowns.failed(site.key, began, retry_after(error.headers))
+                pause = self._cooldowns.failed(site.key, began, retry_after(error.headers))
+                if pause is not None:
+                    self.telemetry.cools(site.registry.name, site.base, pause)
             else:
                 self._cooldowns.give_up(site.key)
             raise
@@ -1416,23 +1433,42 @@ class Upstream:
 
     def _attempt(self, site: Site, wanted: Wanted, seconds: float) -> Answer:
         url = with_query(f"{site.base}/v2/{site.repository}/{wanted.resource}", wanted.query)
-        with self._deadline(site.base, seconds):
+        with self._noted(site), self._deadline(site.base, seconds):
             try:
                 return self._answer(site, wanted, url)
             except UPSTREAM_FAILURES as error:  # a body that was begun here was cut: on a bad line, once is no time
                 log.warning("%s broke off: asked again (%s)", host_of(site.base), root_cause(error))
                 return self._answer(site, wanted, url)
 
+    @contextmanager
+    def _noted(self, site: Site) -> Iterator[None]:
+        """Tell whether an endpoint answers or fails; 404, 401 and 403 are answers."""
+        name = site.registry.name
+        try:
+            yield
+        except FAILURES as error:
+            self.telemetry.failed(name, site.base, error.reason, str(error))
+            raise
+        except MirrorError:
+            self.telemetry.answered(name, site.base)
+            raise
+        self.telemetry.answered(name, site.base)
+
     def _answer(self, site: Site, wanted: Wanted, url: str) -> Answer:
         answer = self._follow(site, wanted.method, url, wanted.headers, wanted.authorization, wanted.trail)
+        limit, remaining = (answer.response.headers.get(name) for name in LIMIT_HEADERS)
+        if limit is not None and remaining is not None and wanted.authorization is None:
+            self.telemetry.quota(site.registry.name, site.base, limit, remaining)
         raise_for_status(answer, wanted.missing, lambda errors: self._refusal(site, wanted, answer, errors))
         answer = started(answer, wanted.method, is_blob=wanted.missing is BlobUnknown)
         if answer.is_complete and (whole := wanted.hash(answer)):
             whole.update(answer.start)
             whole.check(answer.host)
-        if not wanted.whole:
-            return answer
-        return answer._replace(start=answer.start + read_bounded(answer.response, wanted.whole - len(answer.start)))
+        if wanted.whole:
+            rest = read_bounded(answer.response, wanted.whole - len(answer.start))
+            answer = answer._replace(start=answer.start + rest)
+        self.telemetry.received(site.registry.name, len(answer.start))
+        return answer
 
     def challenge(self, registry: Registry, trail: Trail) -> Challenge | None:
         """Return the challenge that a client has to meet, or None; ask the registry only if it is not yet known.
@@ -1549,7 +1585,7 @@ class Upstream:
         """Ask ``GET /v2/``; return the status, 2xx or 401, and the challenge, which is learnt."""
         url = f"{site.base}/v2/"
         trail.ask(url)
-        with self._deadline(site.base, seconds):
+        with self._noted(site), self._deadline(site.base, seconds):
             answer = Answer(self._send(site.registry, "GET", url, _authorized({}, authorization)), site)
             challenge = self._learn(answer)
             if answer.status != 401:
@@ -1843,6 +1879,8 @@ class Stream:
 
     def __init__(self, upstream: Upstream, wanted: Wanted, answer: Answer) -> None:
         self._upstream = upstream
+        self._telemetry = upstream.telemetry
+        self._registry = wanted.target.registry.name
         self._wanted = wanted
         self._answer = answer
         self._ready = answer.start
@@ -1886,6 +1924,7 @@ class Stream:
         chunk: bytes = self._answer.response.raw.read(min(size, left or size), decode_content=False)
         if left and not chunk:
             raise http.client.IncompleteRead(b"", left)
+        self._telemetry.received(self._registry, len(chunk))
         return chunk
 
     def _go_on(self, error: Exception) -> None:
@@ -1906,6 +1945,7 @@ class Stream:
                 self._endpoint += 1
             else:
                 self._ready, self._resumed_at = self._answer.start, self._at
+                self._telemetry.resumed(self._registry)
                 log.warning("%s broke off: went on at byte %d with %s", before, self._at, self._answer.host)
                 return
         raise BadGateway(f"{before} broke off in mid-answer: {root_cause(error)}") from error
@@ -1960,15 +2000,21 @@ def skip(answer: Answer, count: int) -> Answer:
 
 
 class Transfer:
-    """Stand for the transfer of one blob, from its request to its end; this one has no limit.
+    """Stand for the transfer of one blob, from its request to its end; this one has no limit, and is not counted.
 
     Whoever has a transfer must close it.
     """
 
     is_slowed = False  # whether spend() may wait
 
+    def begin(self, size: int | None, label: str = "") -> None:
+        """Say how many bytes there will be, as far as that is known, and whether the cache has them."""
+
     def spend(self, count: int) -> None:
         """Account for bytes that are to be sent; wait where those before were too fast."""
+
+    def finish(self) -> None:
+        """Say that all bytes were sent."""
 
     def close(self) -> None:
         """End the transfer."""
@@ -2054,6 +2100,7 @@ class Body:
         with reset_on_failure(self._client):
             chunks = self._chunks()
             yield from chunks if self._whole is None else verified(chunks, self._whole, self._stream.host)
+            self._transfer.finish()
 
     def _chunks(self) -> Iterator[bytes]:
         pace = Pace()
@@ -2088,9 +2135,14 @@ def relay(
     """
     headers = kept(answer.response.headers, RESPONSE_HEADERS)
     has_body = wanted.method != "HEAD" and answer.status not in (204, 304)
+    if has_body:
+        length = answer.response.headers.get("Content-Length")
+        transfer.begin(int(length) if length is not None else None)
     if has_body and (transfer.is_slowed or not answer.is_complete):
         body = Body(Stream(upstream, wanted, answer), transfer, client, wanted.hash(answer))
         return Relayed(body, answer.status, headers, direct_passthrough=True)
+    transfer.spend(len(answer.start))
+    transfer.finish()
     transfer.close()
     return Relayed(answer.start, answer.status, headers)
 
@@ -2119,7 +2171,6 @@ MANIFEST_TYPES = (
 )
 SIGNED = "application/vnd.docker.distribution.manifest.v1+"  # its digest is not that of its bytes
 MAX_MANIFEST = 4 << 20  # bytes, as registries take them
-LIMIT_HEADERS = ("RateLimit-Limit", "RateLimit-Remaining")
 SLOW_CHECK = 3.0  # seconds that a client with a kept tag waits for upstream
 QUIET_SECONDS = 10  # for which a registry that failed is not asked about kept tags
 FOLLOW_SECONDS = 8.0  # in which another worker's download must have begun
@@ -2651,6 +2702,15 @@ class PullThrough:
         self._checked: Once[Manifest] = Once()
         self._quiet_until: dict[str, float] = {}  # by registry, in time.monotonic()
 
+    def figures(self) -> dict[str, Any]:
+        """Return how full the cache is; what a failing disk does not tell is None."""
+        try:
+            taken, free = self.writers.run(self.cache.fill)
+        except OSError as error:
+            self.health.failed(error)
+            taken = free = None
+        return {"bytes": taken, "limit": self._config.cache_size, "free": free, "failing": self.health.fails}
+
     def tidy(self) -> None:
         """Remove what is too old, and keep within the bounds."""
         try:
@@ -2972,6 +3032,7 @@ class FileBody:
                     has_source = self._reopen(lost)
             if self._at < self._end:
                 yield from self._other_way()
+            self._transfer.finish()
 
     def _send(self, ready: int) -> Iterator[bytes]:
         """Send some of what is there up to byte number `ready`."""
@@ -3172,6 +3233,7 @@ def note_request(environ: dict[str, Any]) -> None:
     if found := WITH_PORT.fullmatch(address):  # some terminators write the port too
         address = found[1] or found[2]
     address = address.partition("%")[0]  # an IPv6 zone may be any text
+    environ["mirror.began"] = time.monotonic()
     environ["mirror.client"] = address if is_address(address) else "-"
     environ["mirror.upstream"] = Trail()
     path = quote(environ.get("PATH_INFO", "").encode("latin-1"), safe="/:@+=,~")
@@ -3318,30 +3380,42 @@ def same_endpoints(registries: Mapping[str, Registry]) -> dict[str, list[str]]:
 
 
 class LimitedTransfer(Transfer):
-    """Count against the limits of a client, and of all."""
+    """Count against the limits of a client, and of all, and let `run` be shown."""
 
-    def __init__(self, gate: Gate, client: str) -> None:
+    def __init__(self, gate: Gate, client: str, run: Run) -> None:
         self.is_slowed = gate.slows
         self._gate = gate
         self._client = client
+        self._run = run
         self._ended = False
+
+    def begin(self, size: int | None, label: str = "") -> None:
+        """Say how many bytes there will be, as far as that is known, and whether the cache has them."""
+        self._run.begin(size, label)
 
     def spend(self, count: int) -> None:
         """Account for bytes that are to be sent; wait until the client's transfers are within its bandwidth."""
         self._gate.spend(self._client, count)
+        self._run.add(count)
+
+    def finish(self) -> None:
+        """Say that all bytes were sent."""
+        self._run.is_whole = True
 
     def close(self) -> None:
         """End the transfer; a second time does nothing."""
         if not self._ended:
             self._ended = True
             self._gate.end_transfer(self._client)
+            self._run.end()
 
 
 class Gate:
     """Decide who may have what, and how much; without settings, everyone may have all."""
 
-    def __init__(self, config: Config, registries: Mapping[str, Registry]) -> None:
+    def __init__(self, config: Config, registries: Mapping[str, Registry], telemetry: Telemetry) -> None:
         self._config = config
+        self._telemetry = telemetry
         self.slows = config.client_bandwidth is not None
         self._names = same_endpoints(registries)
         self._allowed = self._rules("ALLOW_IMAGES", config.allow_images, registries)
@@ -3389,8 +3463,8 @@ class Gate:
                 message = f"this mirror's limit for one client is {rate} manifests"
                 raise TooManyRequests(message, {"Retry-After": str(wait)})
 
-    def transfer(self, address: str) -> Transfer:
-        """Return a transfer of this client, which must be closed; raise TooManyRequests where too many run."""
+    def transfer(self, address: str, wanted: Wanted) -> Transfer:
+        """Return a transfer to this client, which must be closed; raise TooManyRequests where too many run."""
         one, every, client = self._config.client_transfers, self._config.transfers, client_of(address)
         if one is not None and self._running[client] >= one:
             raise TooManyRequests(f"this mirror runs {one} transfers for one client", {"Retry-After": BUSY_SECONDS})
@@ -3398,7 +3472,9 @@ class Gate:
             raise TooManyRequests(f"this mirror runs {every} transfers at a time", {"Retry-After": BUSY_SECONDS})
         self._running[client] += 1
         self._all_running += 1
-        return LimitedTransfer(self, client)
+        registry, repository, _ = wanted.target
+        run = self._telemetry.transfer(registry.name, address, f"{registry.name}/{repository}", str(wanted.digest))
+        return LimitedTransfer(self, client, run)
 
     def end_transfer(self, client: str) -> None:
         """Count a transfer that has ended."""
@@ -3574,6 +3650,7 @@ def bcrypt_matches(password: bytes, encoded: bytes) -> bool:
 # ---------------------------------------------------------------------------------------------------------------------
 
 NOBODY = "Og=="  # base64 of a colon
+WATCHED = ("/healthz", "/readyz", "/status", "/status.json", "/metrics")
 MAX_FORM = 64 << 10  # bytes of a POST to /token
 PAGE_RESULTS, PAGE_TAGS = 20, 10  # that a page shows
 MAX_LISTS = 10  # parts of a list of tags, as the registry cuts it
@@ -3617,7 +3694,7 @@ def create_app(config: Config) -> Flask:
     app.before_request(views.turn_away)
     app.before_request(admit_request)
     app.before_request(views.admit_client)
-    app.after_request(finish_response)
+    app.after_request(views.finish)
     app.register_error_handler(Exception, views.error)
     for rule, view, methods in views.routes():
         app.add_url_rule(rule, rule, view, methods=methods)
@@ -3630,8 +3707,6 @@ def create_app(config: Config) -> Flask:
 
 def finish_response(response: Response) -> Response:
     """Add the headers that every answer of the API has."""
-    if "decoy" in g:
-        return response
     if is_api(request.path):
         response.headers["Docker-Distribution-Api-Version"] = "registry/2.0"
         if "ns" in g:
@@ -3641,6 +3716,21 @@ def finish_response(response: Response) -> Response:
     return response
 
 
+# What a request is for, by its route; all others are pages. What watches over the mirror is not counted.
+KINDS = {
+    "/token": "token",
+    "/token/<registry>": "token",
+    "/v1/_ping": "search",
+    "/v1/search": "search",
+    "/v2/": "ping",
+    "/v2/<path:name>/manifests/<reference>": "manifest",
+    "/v2/<path:name>/blobs/<digest>": "blob",
+    "/v2/<path:name>/tags/list": "tags",
+    "/v2/<path:name>/referrers/<digest>": "referrers",
+    **dict.fromkeys(WATCHED, "watch"),
+}
+
+
 class Views:
     """Answer the routes. It holds the state of the application: the registries, and the way upstream."""
 
@@ -3648,8 +3738,9 @@ class Views:
         self._config = config
         self.registries = registries
         self._router = Router(registries, config.default)
-        self._upstream = Upstream(config, registries)
-        self._gate = Gate(config, registries)
+        self.telemetry = Telemetry((one.name, endpoint) for one in registries.values() for endpoint in one.endpoints)
+        self._upstream = Upstream(config, registries, self.telemetry)
+        self._gate = Gate(config, registries, self.telemetry)
         self._users = Users(load_users(config))
         self._store = pull_through(config, self._upstream)
         self._is_private = bool(self._users or config.allow_clients or config.deny_clients)
@@ -3679,10 +3770,33 @@ class Views:
         if self._store is not None:
             self._store.tidy()
 
+    def tick(self) -> None:
+        """Bring what is counted up to date; it is to be called each second."""
+        if self._store is not None:
+            self.telemetry.evicted(self._store.cache.take_evicted())
+        self.telemetry.tick()
+
     def admit_client(self) -> None:
-        """Refuse clients that may not pull, whatever they ask for; the checks of health are for everyone."""
-        if request.path not in ("/healthz", "/readyz"):
+        """Refuse clients that may not pull, whatever they ask for; what watches over the mirror has its own rules."""
+        if request.path not in WATCHED:
             self._gate.admit_client(client_address())
+
+    def finish(self, response: Response) -> Response:
+        """Finish and count any answer, whose body may still be to come."""
+        rule = request.url_rule.rule if request.url_rule is not None else ""
+        kind, target = KINDS.get(rule, "page"), g.get("target")
+        if kind == "watch":
+            return response
+        registry = target.registry.name if target is not None else ""
+        self.telemetry.request(registry, kind, response.status_code, time.monotonic() - request.environ["mirror.began"])
+        if request.method == "GET" and "X-Cache" in response.headers:
+            self.telemetry.looked_up(kind, response.headers["X-Cache"])
+        if request.method == "GET" and kind != "blob":
+            self.telemetry.sent(registry, response.content_length or 0)
+        if kind == "manifest" and target is not None and target.repository and request.view_args is not None:
+            image = f"{registry}/{target.repository}"
+            self.telemetry.manifest(client_address(), image, request.view_args["reference"], response.status_code)
+        return response if "decoy" in g else finish_response(response)
 
     def healthz(self) -> Response:
         """Tell that the process is alive, and whether its cache's disk works; upstream is not asked."""
@@ -3735,7 +3849,7 @@ class Views:
         if self._store is None or wanted.authorization is not None:
             return self._pass_on(wanted)
         with ExitStack() as failed:
-            transfer = self._gate.transfer(client_address()) if wanted.method == "GET" else Transfer()
+            transfer = self._gate.transfer(client_address(), wanted) if wanted.method == "GET" else Transfer()
             failed.callback(transfer.close)
             with watched(client_socket()):
                 found = self._store.blob(wanted) if wanted.method == "GET" else self._store.look(digest)
@@ -3753,12 +3867,15 @@ class Views:
         response = self._kept_response(wanted, cast(str, wanted.digest), source.size, headers)
         path = store.accelerated(source) if not transfer.is_slowed else None
         if wanted.method == "GET" and path is not None and response.status_code in (200, 206):
+            transfer.begin(0, source.label)  # nginx alone knows how it ends
+            transfer.finish()
             response = Relayed(b"", 200, [*response.headers])  # nginx looks after Range itself
             response.headers.update({"X-Accel-Redirect": path, "Content-Length": "0"})
             del response.headers["Accept-Ranges"]  # nginx adds its own
         elif wanted.method == "GET" and response.status_code in (200, 206):
             part = response.content_range
             span = Span(part.start or 0, (part.stop or source.size) - 1, source.size)
+            transfer.begin(source.size - span.first if span.last is None else span.last + 1 - span.first, source.label)
             response.response = FileBody(store, wanted, source, span, transfer, request.environ)
             return response
         source.close()
@@ -3941,7 +4058,8 @@ class Views:
 
     def _pass_on(self, wanted: Wanted) -> Response:
         is_transfer = wanted.method == "GET" and wanted.missing is BlobUnknown
-        return self._relay(wanted, None, self._gate.transfer(client_address()) if is_transfer else Transfer())
+        transfer = self._gate.transfer(client_address(), wanted) if is_transfer else Transfer()
+        return self._relay(wanted, None, transfer)
 
     def _relay(self, wanted: Wanted, answer: Answer | None, transfer: Transfer) -> Response:
         """Return the response that passes upstream's answer on; it is fetched where there is none yet."""
@@ -4110,7 +4228,7 @@ class Front(Views):
         self._site: Registry | None = None
         if config.home.kind == "proxy":
             self._site = Registry("the site of MIRROR_HOME", (config.home.url,))
-            self._way = Upstream(config, {self._site.name: self._site})
+            self._way = Upstream(config, {self._site.name: self._site}, self.telemetry)
 
     def routes(self) -> list[tuple[str, Callable[..., Response], list[str]]]:
         """Return rule, view and methods of each route."""
@@ -4121,6 +4239,10 @@ class Front(Views):
             "proxy": {"/": self.visit, "/<path:path>": self.visit},
         }
         found = {"/readyz": self.readyz, "/robots.txt": self.robots, **shown.get(self._config.home.kind, {})}
+        if self._config.status:
+            found |= {"/status": self.status, "/status.json": self.status_json}
+        if self._config.metrics:
+            found["/metrics"] = self.metrics
         if self._config.home.kind == "usage":
             found |= {f"/{name}": partial(page_file, name) for name in FILES}
         return [*super().routes(), *((rule, view, ["GET"]) for rule, view in found.items())]
@@ -4365,6 +4487,31 @@ class Front(Views):
             return True
         return False
 
+    # What the owner sees
+
+    def status(self) -> Response:
+        """Show what the mirror does."""
+        return self.status_json()
+
+    def status_json(self) -> Response:
+        """Give what the status page shows."""
+        self._admit_viewer(self._config.status)
+        return json_response(self._report())
+
+    def metrics(self) -> Response:
+        """Give what Prometheus asks for."""
+        self._admit_viewer(self._config.metrics)
+        return json_response(self._report())
+
+    def _admit_viewer(self, networks: tuple[Network, ...]) -> None:
+        """Show nothing to clients elsewhere, not even that there is something."""
+        if not is_within(client_address(), networks):
+            abort(404)
+
+    def _report(self) -> Report:
+        self.tick()
+        return {**self.telemetry.report(), "cache": self._store.figures() if self._store is not None else None}
+
 
 class Finder:
     """Find out which tags there are and what they stand for, at the cost of few pulls.
@@ -4535,7 +4682,7 @@ def at_mirror(url: str, location: str, base: str) -> str:
 
 def is_of_the_mirror(path: str) -> bool:
     """Tell whether a path is for clients and for what watches over the mirror, not for people."""
-    return is_api(path) or is_token(path) or path.startswith("/v1/") or path in ("/healthz", "/readyz")
+    return is_api(path) or is_token(path) or path.startswith("/v1/") or path in WATCHED
 
 
 def as_nginx(response: Response) -> Response:

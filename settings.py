@@ -89,7 +89,15 @@ def parse_path(text: str) -> str:
     return path
 
 
-ROUTES = ("v1", "v2", "token", "healthz")  # the first words of all paths that the mirror serves
+ROUTES = (
+    "v1",
+    "v2",
+    "token",
+    "healthz",
+    "readyz",
+    "status",
+    "metrics",
+)  # the first words of all paths that the mirror serves
 
 
 def parse_proxy(text: str) -> str:
@@ -141,6 +149,11 @@ def _parse_network(word: str) -> Network:
 
 
 LOOPBACK = parse_networks("127.0.0.0/8, ::1")
+
+
+def parse_viewers(text: str) -> tuple[Network, ...]:
+    """Return a list of networks, empty for ``off``; raise ValueError where it is neither."""
+    return () if text.lower() == "off" else parse_networks(text)
 
 
 class Size(int):
@@ -320,6 +333,12 @@ class Config:
         parse_home,
         "What a browser sees at `/`: usage, nginx (its welcome page), none (404), `redirect:URL`, "
         "or `proxy:URL` (that site, shown here).",
+    )
+    status: tuple[Network, ...] = setting(
+        LOOPBACK, parse_viewers, "Clients that see what the mirror does, at `/status`; off: nobody."
+    )
+    metrics: tuple[Network, ...] = setting(
+        LOOPBACK, parse_viewers, "Clients that get its figures for Prometheus, at `/metrics`; off: nobody."
     )
     pull_rate: Rate | None = setting(
         None, parse_rate, "Manifests that one client (an IPv6 /64 is one) may get, such as `100/6h`; HEAD is free."

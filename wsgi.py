@@ -217,9 +217,10 @@ class Worker(GeventWorker):
             self.let_go(client)
 
     def notify(self) -> None:
-        """Tell the master that this worker lives, and look after the clients: gunicorn calls this each second."""
+        """Tell the master that this worker lives, look after clients, count: gunicorn calls this each second."""
         super().notify()
         self.let_go_in_time()
+        app.extensions["docker-mirror"].tick()
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         """End at SIGTERM as soon as the running requests have ended: a kept connection is none."""
@@ -286,6 +287,7 @@ def when_ready(server: Any) -> None:
         if listener.sock.family != socket.AF_UNIX:
             listener.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SEND_SECONDS * 1000)  # tcp(7)
     systemd.sd_notify(f"STATUS={what_is_served(server)}", server.log)
+    app.extensions["docker-mirror"].telemetry.share()
     gc.collect()
     gc.freeze()
 
@@ -333,6 +335,7 @@ def post_worker_init(worker: Any) -> None:
     """
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     take_over(worker)
+    app.extensions["docker-mirror"].telemetry.join()
     gevent.spawn(trim_when_idle, worker)
     gevent.spawn(tidy_now_and_then)
 

@@ -111,7 +111,7 @@ class Lab:
         with self._stack:
             folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="lab-")))
             self._stack.enter_context(self.upstream)
-            file = folder / "registries.toml"
+            file = self.registries = folder / "registries.toml"
             realms = json.dumps([self.upstream.url, *self._realms])
             ca = f'ca_file = "{self._ca}"' if self._ca else ""
             file.write_text(

@@ -27,6 +27,7 @@ from werkzeug.datastructures import WWWAuthenticate
 import mirror
 from settings import Config
 from settings import Registry
+from telemetry import Telemetry
 
 CONTENT = reply_json(200, {"schemaVersion": 2})
 BASIC = "Basic " + base64.b64encode(b"alice:wonderland").decode()
@@ -352,7 +353,7 @@ def test_those_who_wait_for_a_token_do_not_share_the_first_ones_patience(new_lab
 
 
 def test_a_ping_that_was_answered_by_mistake_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    upstream = mirror.Upstream(Config(), {"x": Registry("x", ("http://127.0.0.1:1",))})
+    upstream = mirror.Upstream(Config(), {"x": Registry("x", ("http://127.0.0.1:1",))}, Telemetry())
     site = mirror.Site.endpoint(Registry("x", ("http://127.0.0.1:1",)), 0)
     upstream._open_until[site.key] = time.monotonic() + mirror.OPEN_SECONDS
     assert upstream.challenge(site.registry, mirror.Trail()) is None
