@@ -7,9 +7,11 @@ import http.client
 import json
 import os
 import signal
+import time
 from collections.abc import Callable
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -213,7 +215,7 @@ def test_a_slot_of_the_board_is_read_whole_or_not_at_all() -> None:
 
 def test_the_hour_forgets_what_is_older(monkeypatch: pytest.MonkeyPatch) -> None:
     told, now = Telemetry(), 1_000_000.0
-    monkeypatch.setattr(telemetry.time, "time", lambda: now)
+    monkeypatch.setattr(telemetry, "time", SimpleNamespace(time=lambda: now, monotonic=time.monotonic))
     told.received("r", 5)
     assert told.report()["hour"]["received"][-1] == 5
     now += 3590
