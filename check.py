@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import ipaddress
 import json
 import platform
 import re
@@ -21,6 +22,7 @@ from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import asdict
 from dataclasses import dataclass
 from dataclasses import field
@@ -335,12 +337,24 @@ class Walk:
                 "Is the URL the mirror's? Let the terminator pass all paths on to the mirror (docs/tls.md), without a "
                 "login page or a guard against robots before it.",
             )
+        if response.status_code not in (200, 401):
+            raise refusal(response)
+        self._see_as_whom(step)
         if response.status_code == 401:
             return self._challenged(step, response)
-        if response.status_code != 200:
-            raise refusal(response)
         step.told = "no token is needed"
         return None
+
+    def _see_as_whom(self, step: Step) -> None:
+        """Note a mirror that takes this client for the host itself, as it would everybody, and shows its status."""
+        if all(map(is_loopback, self._addresses)):
+            return
+        with suppress(requests.RequestException), self._send("GET", f"{self._url}/status.json", {}) as response:
+            if response.status_code == 200 and not is_html(response):
+                step.notes.append(
+                    "this client may see /status: MIRROR_STATUS names it, or the terminator sends no X-Forwarded-For, "
+                    "and then everybody may, and all clients are one for the limits (docs/tls.md)"
+                )
 
     def _challenged(self, step: Step, response: requests.Response) -> None:
         realm, service = challenge(response)
@@ -752,6 +766,11 @@ def as_json(response: requests.Response, body: bytes | None = None) -> dict[str,
 def is_html(response: requests.Response) -> bool:
     """Tell whether an answer is a web page."""
     return response.headers.get("Content-Type", "").lower().startswith("text/html")
+
+
+def is_loopback(address: str) -> bool:
+    """Tell whether an address is this host's own, which no other host reaches."""
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
 def described(descriptor: Mapping[str, Any]) -> tuple[str, int]:

@@ -402,6 +402,17 @@ def test_what_a_terminator_spoils_is_told(mirror: Mirror, rules: str, words: str
         assert words in told(spoiler.walk("nginx"))
 
 
+@pytest.mark.parametrize(("address", "is_told"), [("", True), ("proxy_set_header X-Forwarded-For 203.0.113.7;", False)])
+def test_a_terminator_that_does_not_say_who_asks_is_noted(
+    mirror: Mirror, monkeypatch: pytest.MonkeyPatch, address: str, is_told: bool
+) -> None:
+    monkeypatch.setattr(check, "is_loopback", lambda _: False)  # as from another host
+    with spoiled(mirror, TLS + address) as spoiler:
+        ended = spoiler.walk("nginx")
+    assert ended.exit_code == 0, ended.output
+    assert ("the terminator sends no X-Forwarded-For" in ended.output) == is_told
+
+
 def test_a_terminator_that_does_not_reach_the_mirror_is_told() -> None:
     with Spoiler("location / { proxy_pass http://127.0.0.1:9; }") as spoiler:
         shown = told(spoiler.walk())
