@@ -3650,7 +3650,9 @@ def bcrypt_matches(password: bytes, encoded: bytes) -> bool:
 # ---------------------------------------------------------------------------------------------------------------------
 
 NOBODY = "Og=="  # base64 of a colon
-WATCHED = ("/healthz", "/readyz", "/status", "/status.json", "/metrics")
+STATUS_FILES = {f"/status/{name}": name for name in FILES}  # of its own: the home page may be another one
+STATUS_PATHS = ("/status", "/status.json", *STATUS_FILES)
+WATCHED = ("/healthz", "/readyz", *STATUS_PATHS, "/metrics")
 MAX_FORM = 64 << 10  # bytes of a POST to /token
 PAGE_RESULTS, PAGE_TAGS = 20, 10  # that a page shows
 MAX_LISTS = 10  # parts of a list of tags, as the registry cuts it
@@ -3694,6 +3696,7 @@ def create_app(config: Config) -> Flask:
     app.before_request(views.turn_away)
     app.before_request(admit_request)
     app.before_request(views.admit_client)
+    app.before_request(views.admit_viewer)
     app.after_request(views.finish)
     app.register_error_handler(Exception, views.error)
     for rule, view, methods in views.routes():
@@ -4241,6 +4244,7 @@ class Front(Views):
         found = {"/readyz": self.readyz, "/robots.txt": self.robots, **shown.get(self._config.home.kind, {})}
         if self._config.status:
             found |= {"/status": self.status, "/status.json": self.status_json}
+            found |= {path: partial(page_file, name) for path, name in STATUS_FILES.items()}
         if self._config.metrics:
             found["/metrics"] = self.metrics
         if self._config.home.kind == "usage":
@@ -4254,6 +4258,22 @@ class Front(Views):
             self._way.close_idle()
 
     # What is not to be seen
+
+    def admit_viewer(self) -> Response | None:
+        """Let only its viewers find what the owner sees, by whatever method; for others it is a path like any other.
+
+        Nor is there a page at a path with one more slash: its links would lead elsewhere.
+        """
+        path = request.path.removesuffix("/")
+        viewers = {**dict.fromkeys(STATUS_PATHS, self._config.status), "/metrics": self._config.metrics}.get(path)
+        if viewers and not is_within(client_address(), viewers):
+            self._gate.admit_client(client_address())
+            if self._site is None:
+                abort(404)
+            return self.visit(path[1:]) if request.method in ("GET", "HEAD") else None
+        if request.url_rule is not None and request.path == f"{request.url_rule.rule}/" and not is_of_the_mirror(path):
+            abort(404)
+        return None
 
     def turn_away(self) -> Response | None:
         """Show nginx to a blocked agent: its welcome page, and nothing where a registry would be."""
@@ -4383,7 +4403,11 @@ class Front(Views):
     def _show(self, template: str, status: int = 200, **values: Any) -> Response:
         arguments = request.args.to_dict()
         return self._pages.show(
-            template, status, address=self._address(), arguments=arguments, **{"problem": None, **values}
+            template,
+            status,
+            address=self._address(),
+            arguments=arguments,
+            **{"problem": None, "sees_status": is_within(client_address(), self._config.status), **values},
         )
 
     def _failed(self, template: str, error: Exception, **values: Any) -> Response:
@@ -4491,26 +4515,24 @@ class Front(Views):
 
     def status(self) -> Response:
         """Show what the mirror does."""
-        return self.status_json()
+        shown = self._pages.status(self._report())
+        brand = "./" if self._config.home.kind == "usage" else "status"
+        page: dict[str, Any] = {"files": "status/", "brand": brand, "sees_status": False}
+        return self._show("status", shown=shown, has_cache=self._store is not None, **page)
 
     def status_json(self) -> Response:
-        """Give what the status page shows."""
-        self._admit_viewer(self._config.status)
-        return json_response(self._report())
+        """Give what the status page shows: the figures, and how the page says them."""
+        report = self._report()
+        return json_response({**report, "shown": self._pages.status(report)})
 
     def metrics(self) -> Response:
         """Give what Prometheus asks for."""
-        self._admit_viewer(self._config.metrics)
         return json_response(self._report())
-
-    def _admit_viewer(self, networks: tuple[Network, ...]) -> None:
-        """Show nothing to clients elsewhere, not even that there is something."""
-        if not is_within(client_address(), networks):
-            abort(404)
 
     def _report(self) -> Report:
         self.tick()
-        return {**self.telemetry.report(), "cache": self._store.figures() if self._store is not None else None}
+        cache = self._store.figures() if self._store is not None else None
+        return {"version": __version__, **self.telemetry.report(), "cache": cache}
 
 
 class Finder:
@@ -4681,8 +4703,8 @@ def at_mirror(url: str, location: str, base: str) -> str:
 
 
 def is_of_the_mirror(path: str) -> bool:
-    """Tell whether a path is for clients and for what watches over the mirror, not for people."""
-    return is_api(path) or is_token(path) or path.startswith("/v1/") or path in WATCHED
+    """Tell whether a path is for clients and for checks of health, not for people."""
+    return is_api(path) or is_token(path) or path.startswith("/v1/") or path in ("/healthz", "/readyz")
 
 
 def as_nginx(response: Response) -> Response:

@@ -7,12 +7,15 @@ and no address of another host, so that its Content-Security-Policy can forbid t
 from __future__ import annotations
 
 import json
+import math
 import re
 import tomllib
 from collections.abc import Iterable
 from collections.abc import Mapping
+from collections.abc import Sequence
 from functools import cached_property
 from http import HTTPStatus
+from http.client import responses
 from pathlib import Path
 from typing import Any
 from typing import NamedTuple
@@ -28,7 +31,7 @@ FOLDER = Path(__file__).resolve().parent / "templates"
 LANGUAGES = {"en": "English", "zh": "中文"}
 FILES = {"page.css": "text/css", "page.js": "text/javascript", "icon.svg": "image/svg+xml"}
 FILE_SECONDS = 3600  # for which a browser need not ask for them again
-# connect-src: page.js asks this page again while an image is typed.
+# connect-src: page.js asks the home page again while an image is typed, and for what the status page shows.
 POLICY = (
     "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self'; connect-src 'self'; "
     "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
@@ -46,6 +49,10 @@ ROBOTS = "User-agent: *\nDisallow: /\n"
 NGINX_HEADERS = {"Last-Modified": "Tue, 04 Feb 2025 12:03:46 GMT", "ETag": '"67a201f2-267"', "Accept-Ranges": "bytes"}
 MAX_TYPED = 500  # characters that are looked at
 MAX_TEXT = 300  # characters that are shown of what an index says
+MAX_ROWS = 50  # running transfers that the status page shows
+PLOT_WIDTH, PLOT_HEIGHT = 360, 100  # of a plot, in its own units
+BARS = 60  # of a plot that counts
+UNITS = (("days", 86400), ("hours", 3600), ("minutes", 60), ("seconds", 1))  # the names of their texts
 ARGUMENT_OPTIONS = ("--platform", "--arch", "--os", "--variant", "--creds", "--authfile", "--cert-dir")
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -377,6 +384,242 @@ def shown_size(count: int) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Status
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Status:
+    """Say in one language what a report holds, for the status page.
+
+    What it returns are texts, percentages (None: not known), SVG paths, and lists of rows of these, each by its name.
+    The template and page.js put them in place: nothing is formatted twice. A text that does not apply is empty.
+    """
+
+    def __init__(self, report: Mapping[str, Any], texts: Mapping[str, str]) -> None:
+        self._report = report
+        self._texts = texts
+        self._now: float = report["at"]
+
+    def shown(self) -> dict[str, Any]:
+        """Return all that the page shows."""
+        report = self._report
+        return {
+            "running": f"{report['running']:,}",
+            "rate": self._rate(report["rate"]),
+            "uptime": self._span(report["uptime"]),
+            "workers": str(report["workers"]),
+            "memory": shown_size(report["memory"]) if report["memory"] else self._say("unknown"),
+            "version": report["version"],
+            "transfers": [self._transfer(run) for run in report["transfers"][:MAX_ROWS]],
+            "transfers_note": self._transfers_note(),
+            **self._throughput(),
+            **(self._lookups() if report["cache"] is not None else {}),
+            **self._endpoints(),
+            "quotas": [self._quota(quota) for quota in report["quotas"]],
+            **self._cache(),
+            "pulls": [self._pull(pull) for pull in report["pulls"]],
+            "pulls_note": "" if report["pulls"] else self._say("no_pulls"),
+        }
+
+    def _transfer(self, run: Mapping[str, Any]) -> dict[str, Any]:
+        sent, size = run["sent"], run["size"]
+        is_timed = size is not None and run["rate"] > 0
+        done = self._part(sent, size) if size is not None else shown_size(sent) if sent else self._say("waiting")
+        return {
+            "image": run["image"],
+            "digest": short_digest(run["digest"]),
+            "client": run["client"],
+            "label": run["cache"],
+            "done": done,
+            "name": f"{run['image']}: {done}",
+            "percent": percent(sent, size),
+            "rate": self._rate(run["rate"]),
+            "left": self._say("time_left", time=self._time((size - sent) / run["rate"])) if is_timed else "",
+        }
+
+    def _transfers_note(self) -> str:
+        more = self._report["running"] - min(len(self._report["transfers"]), MAX_ROWS)
+        if more > 0:
+            return self._say("more_transfers", count=more)
+        return "" if self._report["running"] else self._say("no_transfers")
+
+    def _throughput(self) -> dict[str, str]:
+        """Return the plot of what was sent and received, without the step that has only begun."""
+        hour = self._report["hour"]
+        sent, received = ([count / hour["step"] for count in hour[name][:-1]] for name in ("sent", "received"))
+        top = round_above(max(1000, *sent, *received))
+        words = {
+            "sent": shown_size(sum(hour["sent"])),
+            "received": shown_size(sum(hour["received"])),
+            "sent_peak": self._rate(max(sent)),
+            "received_peak": self._rate(max(received)),
+        }
+        return {
+            "rate_top": self._rate(top),
+            "rate_middle": self._rate(top / 2),
+            "sent_line": line_path(sent, top),
+            "received_line": line_path(received, top),
+            "sent": words["sent"],
+            "received": words["received"],
+            "rate_summary": self._say("rate_summary", **words),
+        }
+
+    def _lookups(self) -> dict[str, str]:
+        """Return the plot of hits and misses, which stand upon the hits."""
+        hour = self._report["hour"]
+        width = len(hour["hits"]) // BARS
+        hits, misses = (
+            [sum(hour[name][at : at + width]) for at in range(0, width * BARS, width)] for name in ("hits", "misses")
+        )
+        both = [hit + miss for hit, miss in zip(hits, misses, strict=True)]
+        top = round_above(max(10, *both))
+        found, every = sum(hits), sum(both)
+        share = f"{100 * found / every:.0f} %" if every else "0 %"
+        return {
+            "lookups_top": f"{top:,.0f}",
+            "lookups_middle": f"{top / 2:,.0f}",
+            "hits_bars": bars_path([0] * BARS, hits, top),
+            "misses_bars": bars_path(hits, both, top),
+            "hits": f"{found:,}",
+            "misses": f"{every - found:,}",
+            "lookups_summary": self._say("lookups_summary", hits=found, misses=every - found, share=share),
+        }
+
+    def _endpoints(self) -> dict[str, Any]:
+        """Return a row for each endpoint, but for registries that nobody asked."""
+        states = self._report["endpoints"]
+        asked = {one["registry"] for one in states if one["state"] != "unknown"}
+        others = dict.fromkeys(one["registry"] for one in states if one["registry"] not in asked)
+        return {
+            "endpoints": [self._endpoint(one) for one in states if one["registry"] in asked],
+            "endpoints_note": self._say("not_asked", names=", ".join(others)) if others else "",
+        }
+
+    def _endpoint(self, one: Mapping[str, Any]) -> dict[str, str]:
+        state, words = one["state"], {}
+        if state == "up":
+            words["ago"] = self._ago(one["answered"])
+        elif state != "unknown":
+            words |= {"ago": self._ago(one["failed"]), "since": self._span(self._now - one["since"])}
+        if state == "cooling":
+            words["time"] = self._span(one["until"] - self._now)
+        reason = one.get("reason", "")
+        return {
+            "registry": one["registry"],
+            "url": one["url"].removeprefix("https://"),
+            "state": f"state {state}",
+            "label": self._say(f"state_{state}"),
+            "detail": self._say(f"detail_{state}", **words),
+            "reason": self._texts.get(f"reason_{reason}", reason),
+            "why": one.get("why", ""),
+        }
+
+    def _quota(self, quota: Mapping[str, Any]) -> dict[str, Any]:
+        window = self._say("quota_window", time=self._span(quota["window"])) if quota["window"] else ""
+        left = self._say("quota_left", left=quota["remaining"], limit=quota["limit"])
+        return {
+            "registry": quota["registry"],
+            "left": left,
+            "name": f"{quota['registry']}: {left}",
+            "percent": percent(quota["remaining"], quota["limit"]) or 0,
+            "detail": " · ".join(filter(None, (window, self._say("quota_told", ago=self._ago(quota["at"]))))),
+        }
+
+    def _cache(self) -> dict[str, Any]:
+        cache = self._report["cache"]
+        if cache is None:
+            return {"cache_note": self._say("no_cache")}
+        taken, free = cache["bytes"], cache["free"]
+        fill = self._part(taken, cache["limit"]) if taken is not None else self._say("unknown")
+        return {
+            "fill": fill,
+            "fill_name": f"{self._say('cache_title')}: {fill}",
+            "fill_percent": percent(taken or 0, cache["limit"]) or 0,
+            "free": self._say("disk_free", size=shown_size(free)) if free is not None else "",
+            "cache_note": self._say("disk_fails") if cache["failing"] else "",
+        }
+
+    def _pull(self, pull: Mapping[str, Any]) -> dict[str, str]:
+        reference, status = pull["reference"], pull["status"]
+        mark = f"@{short_digest(reference)}" if ":" in reference else f":{reference}" if reference else ""
+        size = shown_size(pull["bytes"]) if pull["blobs"] else self._say("manifest_only")
+        return {
+            "image": pull["image"] + mark,
+            "client": pull["client"],
+            "size": size if status < 400 else f"{status} {responses.get(status, '')}",
+            "kept": f"{percent(pull['kept'], pull['bytes']):.0f} %" if pull["bytes"] else "",
+            "ago": self._ago(pull["ended"]),
+        }
+
+    # Words
+
+    def _say(self, key: str, **words: Any) -> str:
+        return self._texts[key].format(**words)
+
+    def _part(self, part: int, whole: int) -> str:
+        return self._say("part", part=shown_size(part), whole=shown_size(whole))
+
+    def _rate(self, rate: float) -> str:
+        return f"{shown_size(round(rate))}/s"
+
+    def _ago(self, at: float) -> str:
+        return self._say("ago", time=self._time(self._now - at)) if self._now - at >= 1 else self._say("now")
+
+    def _time(self, seconds: float, units: int = 1) -> str:
+        """Return a duration in the largest unit that it has, and in so many in all."""
+        left = max(0, int(seconds))
+        words: list[str] = []
+        for name, size in UNITS:
+            count, left = divmod(left, size)
+            if count or words or size == 1:
+                words.append(self._say(name, count=count) if count or not words else "")
+        return " ".join(filter(None, words[:units]))
+
+    def _span(self, seconds: float) -> str:
+        return self._time(seconds, 2)
+
+
+def percent(part: int, whole: int | None) -> float | None:
+    """Return how much of the whole a part is; None where that is not known."""
+    return round(min(100.0, 100 * part / whole), 1) if whole else None
+
+
+def short_digest(digest: str) -> str:
+    """Return as much of a digest as people compare."""
+    algorithm, _, encoded = digest.partition(":")
+    return f"{algorithm}:{encoded[:12]}"
+
+
+def round_above(value: float) -> float:
+    """Return the round number at or next above a value: 1, 2 or 5, and zeros."""
+    power = 10.0 ** math.floor(math.log10(value))
+    return next(power * step for step in (1, 2, 5, 10) if power * step >= value)
+
+
+def line_path(values: list[float], top: float) -> str:
+    """Return the SVG path of a line from the left to the right edge of a plot; its ends are on the ground, beyond."""
+    heights = [_height(value, top) for value in values]
+    last = len(heights) - 1
+    bends = (at for at in range(last + 1) if at in (0, last) or not heights[at - 1] == heights[at] == heights[at + 1])
+    points = "".join(f"L{at * PLOT_WIDTH / last:.1f} {heights[at]:g}" for at in bends)
+    return f"M-9 {PLOT_HEIGHT}V{heights[0]:g}{points}H{PLOT_WIDTH + 9}V{PLOT_HEIGHT}"
+
+
+def bars_path(lower: Sequence[float], upper: Sequence[float], top: float) -> str:
+    """Return the SVG path of bars from one height to another, side by side; those of no height are left out."""
+    wide = PLOT_WIDTH / len(upper)
+    return "".join(
+        f"M{at * wide + 0.5:g} {_height(low, top):g}V{_height(high, top):g}h{wide - 1:g}V{_height(low, top):g}z"
+        for at, (low, high) in enumerate(zip(lower, upper, strict=True))
+        if high > low
+    )
+
+
+def _height(value: float, top: float) -> float:
+    return round(PLOT_HEIGHT * (1 - value / top), 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Pages
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -389,11 +632,14 @@ class Pages:
         """Return the words of each language by their names."""
         return {lang: tomllib.loads((FOLDER / f"{lang}.toml").read_text(encoding="utf-8")) for lang in LANGUAGES}
 
+    def status(self, report: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what the status page shows of a report, in the language that the browser asks for."""
+        return Status(report, self.texts[asked_language()]).shown()
+
     def show(self, template: str, status: int = 200, **values: Any) -> Response:
         """Return a page in the language that the browser asks for."""
-        chosen = request.args.get("lang")
-        lang = chosen if chosen in LANGUAGES else request.accept_languages.best_match(LANGUAGES, "en")
-        texts = self.texts[str(lang)]
+        chosen, lang = request.args.get("lang"), asked_language()
+        texts = self.texts[lang]
 
         def say(key: str, **words: Any) -> Markup:
             return Markup(texts[key]).format(**words)  # noqa: S704 - our own words; what is put in is escaped
@@ -406,6 +652,12 @@ class Pages:
         names = {"lang": lang, "chosen": chosen in LANGUAGES, "languages": LANGUAGES}
         body = render_template(f"{template}.html", say=say, link=link, size=shown_size, **names, **values)
         return Response(body, status, headers=HEADERS, mimetype="text/html")
+
+
+def asked_language() -> str:
+    """Return the language that was chosen on a page, or the one that the browser asks for."""
+    chosen = request.args.get("lang", "")
+    return chosen if chosen in LANGUAGES else str(request.accept_languages.best_match(LANGUAGES, "en"))
 
 
 def page_file(name: str) -> Response:

@@ -226,7 +226,10 @@ class Telemetry:
     def failed(self, registry: str, url: str, reason: str, text: str) -> None:
         """Note that an endpoint failed, by one of a few reasons, and in words."""
         self.counts["failures", registry, url, reason] += 1
-        self._endpoint(registry, url).update(failed=time.time(), reason=reason, why=text[:MAX_TEXT])
+        known, now = self._endpoint(registry, url), time.time()
+        if known.get("failed", 0) <= known.get("answered", 0):
+            known["since"] = now
+        known.update(failed=now, reason=reason, why=text[:MAX_TEXT])
 
     def cools(self, registry: str, url: str, seconds: float) -> None:
         """Note that an endpoint is left alone."""
@@ -291,6 +294,7 @@ class Telemetry:
             "workers": len(living),
             "memory": sum(map(memory_of, pids)),
             "running": sum(one["running"] for one in living),
+            "rate": sum(one["rate"] for one in living),
             "transfers": sorted((run for one in living for run in one["runs"]), key=lambda run: run["began"]),
             "pulls": _merged_pulls(pull for one in every for pull in one["pulls"]),
             "endpoints": [self._state(now, *endpoint, every) for endpoint in self._endpoints],
@@ -318,6 +322,7 @@ class Telemetry:
             "pid": os.getpid(),
             "began": self._began,
             "running": len(self._runs),
+            "rate": sum(run.rate for run in self._runs.values()),
             "runs": [run.shown() for run in list(self._runs.values())[:MAX_SHOWN]],
             "pulls": list(self._pulls.values()),
             "health": [[*key, value] for key, value in self._health.items()],
@@ -397,7 +402,9 @@ class Telemetry:
             until = max((one.get("until", 0) for one in found), default=0)
             is_cooling = until > now
             shown |= {"state": "cooling" if is_cooling else "failing", "until": until if is_cooling else None}
-            shown |= {"failed": worst["failed"], "reason": worst["reason"], "why": worst["why"]}
+            since = [one["since"] for one in found if one.get("since", 0) > answered]
+            shown |= {"since": min(since, default=worst["failed"]), "failed": worst["failed"]}
+            shown |= {"reason": worst["reason"], "why": worst["why"]}
         elif answered:
             shown["state"] = "up"
         return shown

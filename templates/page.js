@@ -57,6 +57,53 @@ function follow(form) {
   });
 }
 
+// The status page: status.json holds all texts, percentages and paths, which are put where data-put says.
+const SECONDS = 2;
+
+function put(part, values) {
+  for (const pair of part.dataset.put.split(" ")) {
+    const [name, key] = pair.split("=");
+    const value = values[key];
+    if (name === "text") {
+      if (part.textContent !== value) part.textContent = value;
+    } else if (value == null) part.removeAttribute(name);
+    else if (part.getAttribute(name) !== String(value)) part.setAttribute(name, value);
+  }
+}
+
+function fill(whole, values) {
+  const list = whole.closest("[data-rows]");
+  for (const part of whole.querySelectorAll("[data-put]")) if (part.closest("[data-rows]") === list) put(part, values);
+}
+
+function fillRows(list, rows) {
+  const [pattern, ...shown] = list.children;
+  rows.forEach((values, at) => {
+    const row = shown[at] ?? list.appendChild(pattern.cloneNode(true));
+    row.hidden = false;
+    fill(row, values);
+  });
+  for (const row of shown.slice(rows.length)) row.remove();
+}
+
+async function refresh(page) {
+  const response = await fetch("status.json" + location.search, { cache: "no-store", signal: AbortSignal.timeout(10000) });
+  if (!response.ok) throw new Error(response.status);
+  const { shown } = await response.json();
+  fill(page, shown);
+  for (const list of page.querySelectorAll("[data-rows]")) fillRows(list, shown[list.dataset.rows]);
+}
+
+async function watch(page) {
+  const silent = document.getElementById("silent");
+  for (;;) {
+    await new Promise((done) => setTimeout(done, SECONDS * 1000));
+    if (document.hidden) await new Promise((done) => document.addEventListener("visibilitychange", done, { once: true }));
+    const text = await refresh(page).then(() => "", () => silent.dataset.text);
+    if (silent.textContent !== text) silent.textContent = text;
+  }
+}
+
 showButtons();
 document.addEventListener("click", (event) => {
   const button = event.target.closest("button.copy");
@@ -64,3 +111,5 @@ document.addEventListener("click", (event) => {
 });
 const form = document.getElementById("image-form");
 if (form) follow(form);
+const page = document.getElementById("status");
+if (page) watch(page);

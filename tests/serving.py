@@ -64,6 +64,8 @@ class Mirror:
             self._process = self._stack.enter_context(process)
             self.pid = process.pid
             process.wait_until(self._healthy)
+            if self._settings.get("MIRROR_LOG_LEVEL") != "warning":
+                self.wait_for_requests(1, 0)  # its line may come later, and is nobody else's
             self._stack = self._stack.pop_all()
         return self
 

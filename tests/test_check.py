@@ -100,7 +100,6 @@ def spoiled(mirror: Mirror, rules: str) -> Iterator[Spoiler]:
 
 def test_a_pull_is_walked_as_dockerd_does(hub: Hub) -> None:
     with Mirror(registries=hub.registries_file) as own:
-        own.wait_for_requests(1, 0)  # by which the test saw that it serves
         since = own.mark()
         ended = walk(own.url, "bitnami/postgresql", PLATFORM)
         asked = own.wait_for_requests(10, since)
