@@ -496,8 +496,9 @@ class Cache:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
             total = max(0, (_number(fd) or 0) + change)
-            os.pwrite(fd, b"%-19d" % total, 0)
-            os.ftruncate(fd, 19)
+            if change:
+                os.pwrite(fd, b"%-19d" % total, 0)
+                os.ftruncate(fd, 19)
             return total
         finally:
             os.close(fd)
@@ -512,8 +513,7 @@ class Cache:
 
     def take_evicted(self) -> list[int]:
         """Return the sizes of what this process has removed since the last time."""
-        evicted, self._evicted = self._evicted, []
-        return evicted
+        return [self._evicted.pop() for _ in range(len(self._evicted))]
 
     def make_room(self, size: int, counted: int = 0) -> None:
         """Count `size` bytes, of which some are `counted`, and evict what was not used for longest until they fit.

@@ -2016,6 +2016,12 @@ class Transfer:
     def finish(self) -> None:
         """Say that all bytes were sent."""
 
+    def fail(self) -> None:
+        """Say that the rest of the bytes is not to be had."""
+
+    def hand_over(self) -> None:
+        """Say that nginx sends the bytes."""
+
     def close(self) -> None:
         """End the transfer."""
 
@@ -2049,8 +2055,8 @@ def verified(chunks: Iterator[bytes], whole: Hash, host: str) -> Iterator[bytes]
 
 
 @contextmanager
-def reset_on_failure(client: socket.socket | None) -> Iterator[None]:
-    """Let the client's connection end with a reset where its answer fails.
+def reset_on_failure(client: socket.socket | None, transfer: Transfer) -> Iterator[None]:
+    """Let the client's connection end with a reset where its answer fails, and tell the transfer if that is our fault.
 
     A plain close would end a body without a length cleanly.
     """
@@ -2059,11 +2065,13 @@ def reset_on_failure(client: socket.socket | None) -> Iterator[None]:
         yield
     except MirrorError as error:
         log.warning("%s", error)
+        transfer.fail()
         reset_on_close(client)
         raise reset from error
     except Exception as error:
         if not isinstance(error, OSError):  # which is the client's, who went
             log.error("an answer failed", exc_info=error)
+            transfer.fail()
         reset_on_close(client)
         raise reset from error
     except gevent.GreenletExit:
@@ -2097,7 +2105,7 @@ class Body:
         if self._client is not None:
             self._watch = ClientWatch(self._client)
         yield b""  # sends the headers: containerd waits 30 s for them, the first chunk may take longer
-        with reset_on_failure(self._client):
+        with reset_on_failure(self._client, self._transfer):
             chunks = self._chunks()
             yield from chunks if self._whole is None else verified(chunks, self._whole, self._stream.host)
             self._transfer.finish()
@@ -2182,6 +2190,7 @@ SENDFILE = 256 << 10  # bytes that are sent at a time
 THROTTLED = 32 << 10  # the same within a client's bandwidth
 AHEAD = 4 << 20  # bytes that are asked of a cold disk at a time
 TURN = 4 << 20  # bytes after which a transfer that never waits lets others have their turn
+FILL_SECONDS = 3  # within which the disk must tell how full it is
 DISK_ERRORS = (errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.EUCLEAN)
 IMMUTABLE = "max-age=31536000, immutable"
 WARN_STALE, WARN_FAILED = '110 - "Response is Stale"', '111 - "Revalidation Failed"'
@@ -2703,13 +2712,15 @@ class PullThrough:
         self._quiet_until: dict[str, float] = {}  # by registry, in time.monotonic()
 
     def figures(self) -> dict[str, Any]:
-        """Return how full the cache is; what a failing disk does not tell is None."""
+        """Return how full the cache is; what a failing disk does not tell, or not in time, is None."""
+        taken = free = None
         try:
-            taken, free = self.writers.run(self.cache.fill)
+            with suppress(gevent.Timeout), gevent.Timeout(FILL_SECONDS):
+                taken, free = self.writers.run(self.cache.fill)
         except OSError as error:
             self.health.failed(error)
-            taken = free = None
-        return {"bytes": taken, "limit": self._config.cache_size, "free": free, "failing": self.health.fails}
+        bounds = {"limit": self._config.cache_size, "reserve": self._config.cache_min_free}
+        return {"bytes": taken, "free": free, **bounds, "failing": self.health.fails}
 
     def tidy(self) -> None:
         """Remove what is too old, and keep within the bounds."""
@@ -3020,7 +3031,7 @@ class FileBody:
     def __iter__(self) -> Iterator[bytes]:
         yield b""  # sends the headers
         has_source = True
-        with reset_on_failure(self._client):
+        with reset_on_failure(self._client, self._transfer):
             while self._at < self._end and has_source:
                 try:
                     ready = min(self._source.written, self._end)
@@ -3400,7 +3411,15 @@ class LimitedTransfer(Transfer):
 
     def finish(self) -> None:
         """Say that all bytes were sent."""
-        self._run.is_whole = True
+        self._run.outcome = "whole"
+
+    def fail(self) -> None:
+        """Say that the rest of the bytes is not to be had."""
+        self._run.outcome = "failed"
+
+    def hand_over(self) -> None:
+        """Say that nginx sends the bytes: it alone knows how many, and how that ends."""
+        self._run.outcome = "handed_over"
 
     def close(self) -> None:
         """End the transfer; a second time does nothing."""
@@ -3794,8 +3813,8 @@ class Views:
         self.telemetry.request(registry, kind, response.status_code, time.monotonic() - request.environ["mirror.began"])
         if request.method == "GET" and "X-Cache" in response.headers:
             self.telemetry.looked_up(kind, response.headers["X-Cache"])
-        if request.method == "GET" and kind != "blob":
-            self.telemetry.sent(registry, response.content_length or 0)
+        if kind != "blob" or response.status_code >= 400:  # else it is a transfer
+            self.telemetry.sent(registry, body_size(response))
         if kind == "manifest" and target is not None and target.repository and request.view_args is not None:
             image = f"{registry}/{target.repository}"
             self.telemetry.manifest(client_address(), image, request.view_args["reference"], response.status_code)
@@ -3870,8 +3889,8 @@ class Views:
         response = self._kept_response(wanted, cast(str, wanted.digest), source.size, headers)
         path = store.accelerated(source) if not transfer.is_slowed else None
         if wanted.method == "GET" and path is not None and response.status_code in (200, 206):
-            transfer.begin(0, source.label)  # nginx alone knows how it ends
-            transfer.finish()
+            transfer.begin(0, source.label)
+            transfer.hand_over()
             response = Relayed(b"", 200, [*response.headers])  # nginx looks after Range itself
             response.headers.update({"X-Accel-Redirect": path, "Content-Length": "0"})
             del response.headers["Accept-Ranges"]  # nginx adds its own
@@ -4133,6 +4152,15 @@ def pull_through(config: Config, upstream: Upstream) -> PullThrough | None:
     except OSError as error:  # the disk may come back
         store.health.failed(error)
     return store
+
+
+def body_size(response: Response) -> int:
+    """Return the bytes of this request's answer, as far as they are known before they are sent."""
+    if request.method == "HEAD" or response.status_code in (204, 304):
+        return 0
+    if response.content_length is None and response.is_sequence:
+        return sum(map(len, response.iter_encoded()))
+    return response.content_length or 0
 
 
 def is_one_range(headers: Mapping[str, str], size: int) -> bool:
@@ -4527,7 +4555,12 @@ class Front(Views):
 
     def metrics(self) -> Response:
         """Give what Prometheus asks for."""
-        return json_response(self._report())
+        from metrics import expose
+
+        report = self._report()
+        accept = request.headers.get("Accept", "")
+        content, media_type = expose(accept, __version__, report, *self.telemetry.totals())
+        return Response(content, content_type=media_type)
 
     def _report(self) -> Report:
         self.tick()
@@ -4682,7 +4715,7 @@ class PageBody:
     def __iter__(self) -> Iterator[bytes]:
         yield self._answer.start
         left = MAX_PAGE
-        with reset_on_failure(self._client), upstream_errors(self._answer.host):
+        with reset_on_failure(self._client, Transfer()), upstream_errors(self._answer.host):
             while chunk := self._answer.response.raw.read(SLOW_CHUNK, decode_content=False):
                 left -= len(chunk)
                 if left < 0:

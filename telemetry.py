@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterable
 from collections.abc import Iterator
 from contextlib import suppress
+from http import HTTPStatus
 from struct import Struct
 from typing import Any
 
@@ -31,6 +32,10 @@ MAX_TEXT = 200  # characters of an error that are shown
 FIRST_BYTE = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)  # bounds in seconds
 WHOLE = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3600)
 HITS = ("HIT", "JOIN", "STALE")
+REASONS = ("connection", "timeout", "limited", "answer", "digest")  # why an endpoint failed
+# How a transfer ended. `left`: the client went, or the mirror was stopped. `handed_over`: nginx alone knows.
+OUTCOMES = ("whole", "failed", "left", "handed_over")
+STATUSES = frozenset((*HTTPStatus, 499))
 QUOTA = re.compile(r"([0-9]{1,9})(?:;w=([0-9]{1,9}))?")
 
 Report = dict[str, Any]
@@ -114,7 +119,7 @@ class Run:
         self.label = ""  # as X-Cache has it
         self.sent = 0
         self.has_begun = False  # there is an answer with a body
-        self.is_whole = False  # all bytes were sent
+        self.outcome = "left"  # one of OUTCOMES
         self.rate = 0.0  # bytes per second
         self._telemetry = telemetry
         self._key = ("sent", registry)
@@ -177,8 +182,9 @@ class Telemetry:
     # What it is told
 
     def request(self, registry: str, kind: str, status: int, seconds: float) -> None:
-        """Count a request, whose answer's head was ready after `seconds`."""
-        self.counts["requests", registry, kind, str(status)] += 1
+        """Count a request, whose answer's head was ready after `seconds`; a status that upstream made up, by class."""
+        shown = str(status) if status in STATUSES else f"{status // 100}xx"
+        self.counts["requests", registry, kind, shown] += 1
         self._duration("first_byte", kind, FIRST_BYTE).add(seconds)
 
     def looked_up(self, kind: str, label: str) -> None:
@@ -204,11 +210,11 @@ class Telemetry:
         return run
 
     def ended(self, run: Run, registry: str, client: str, image: str, seconds: float) -> None:
-        """Count a transfer that ended, whole or not; a second time does nothing."""
+        """Count a transfer that ended, one way or another; a second time does nothing."""
         if self._runs.pop(id(run), None) is None or not run.has_begun:
             return
-        self.counts["transfers", registry, "whole" if run.is_whole else "broken"] += 1
-        if run.is_whole:
+        self.counts["transfers", registry, run.outcome] += 1
+        if run.outcome == "whole":
             self._duration("transfer", registry, WHOLE).add(seconds)
         pull = self._pull(client, image, "")
         pull["blobs"] += 1
