@@ -83,7 +83,10 @@ def expose(
     accept: str, version: str, report: Report, counts: Counter[Labels], durations: Mapping[Labels, Histogram]
 ) -> tuple[bytes, str]:
     """Return what a scrape gets, and its media type, by the Accept header."""
-    encode, media_type = choose_encoder(accept)
+    try:
+        encode, media_type = choose_encoder(accept)
+    except (TypeError, ValueError):  # of "application/openmetrics-text;version=abc"
+        encode, media_type = choose_encoder("")
     return encode(Exposition(version, report, counts, durations)), media_type
 
 

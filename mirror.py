@@ -143,6 +143,7 @@ from pages import robots
 from pages import sorted_tags
 from settings import DIRECT
 from settings import DOCKER_IO
+from settings import LOOPBACK
 from settings import Config
 from settings import ConfigError
 from settings import Network
@@ -792,12 +793,14 @@ class Site(NamedTuple):
 class Answer(NamedTuple):
     """Hold upstream's response, the registry that answered, and the beginning of the body if it has been read.
 
-    `site` is None where a storage host has the last word, to which the registry redirected.
+    `site` is None where a storage host has the last word, to which the registry redirected. `base` is the URL of the
+    endpoint that was asked.
     """
 
     response: requests.Response
     site: Site | None
     start: bytes = b""
+    base: str = ""
 
     @property
     def status(self) -> int:
@@ -846,10 +849,10 @@ class Hash:
         """Take the next bytes in."""
         self._hash.update(chunk)
 
-    def check(self, host: str) -> None:
-        """Raise BadGateway unless the bytes, which came from `host`, are the right ones."""
-        if self._hash.hexdigest() != self._expected:
-            raise wrong_digest(host)
+    @property
+    def is_right(self) -> bool:
+        """Tell whether the bytes are the right ones."""
+        return self._hash.hexdigest() == self._expected
 
 
 def wrong_digest(host: str) -> BadGateway:
@@ -1283,14 +1286,15 @@ class Cooldowns:
         log.warning("%s is left alone for %.0f s", host_of(key[1]), self._until[key] - now)
         return self._until[key] - now
 
-    def succeeded(self, key: Key, began: float) -> None:
-        """Forget that the endpoint failed."""
+    def succeeded(self, key: Key, began: float) -> bool:
+        """Forget that the endpoint failed; tell whether that was known."""
         if key not in self._until or began < self._failed_at[key]:
-            return
+            return False
         log.warning("%s answers again", host_of(key[1]))
         for known in (self._until, self._pause, self._failed_at):
             known.pop(key, None)
         self._tried.discard(key)
+        return True
 
     def give_up(self, key: Key) -> None:
         """Let another request try: the one that did has learnt nothing."""
@@ -1427,9 +1431,13 @@ class Upstream:
             self._cooldowns.give_up(site.key)
             raise
         except MirrorError:
-            self._cooldowns.succeeded(site.key, began)
+            self._recovered(site, began)
             raise
-        self._cooldowns.succeeded(site.key, began)
+        self._recovered(site, began)
+
+    def _recovered(self, site: Site, began: float) -> None:
+        if self._cooldowns.succeeded(site.key, began):
+            self.telemetry.recovered(site.registry.name, site.base)
 
     def _attempt(self, site: Site, wanted: Wanted, seconds: float) -> Answer:
         url = with_query(f"{site.base}/v2/{site.repository}/{wanted.resource}", wanted.query)
@@ -1441,18 +1449,24 @@ class Upstream:
                 return self._answer(site, wanted, url)
 
     @contextmanager
-    def _noted(self, site: Site) -> Iterator[None]:
+    def _noted(self, site: Site, is_ping: bool = False) -> Iterator[None]:
         """Tell whether an endpoint answers or fails; 404, 401 and 403 are answers."""
-        name = site.registry.name
+        name, began = site.registry.name, time.monotonic()
         try:
             yield
         except FAILURES as error:
             self.telemetry.failed(name, site.base, error.reason, str(error))
             raise
         except MirrorError:
-            self.telemetry.answered(name, site.base)
+            self.telemetry.answered(name, site.base, began, is_ping)
             raise
-        self.telemetry.answered(name, site.base)
+        self.telemetry.answered(name, site.base, began, is_ping)
+
+    def wrong_digest(self, registry: str, answer: Answer) -> BadGateway:
+        """Return the error for an answer whose bytes are not what was asked for, and note it."""
+        error = wrong_digest(answer.host)
+        self.telemetry.failed(registry, answer.base, error.reason, str(error))
+        return error
 
     def _answer(self, site: Site, wanted: Wanted, url: str) -> Answer:
         answer = self._follow(site, wanted.method, url, wanted.headers, wanted.authorization, wanted.trail)
@@ -1463,12 +1477,13 @@ class Upstream:
         answer = started(answer, wanted.method, is_blob=wanted.missing is BlobUnknown)
         if answer.is_complete and (whole := wanted.hash(answer)):
             whole.update(answer.start)
-            whole.check(answer.host)
+            if not whole.is_right:
+                raise wrong_digest(answer.host)
         if wanted.whole:
             rest = read_bounded(answer.response, wanted.whole - len(answer.start))
             answer = answer._replace(start=answer.start + rest)
         self.telemetry.received(site.registry.name, len(answer.start))
-        return answer
+        return answer._replace(base=site.base)
 
     def challenge(self, registry: Registry, trail: Trail) -> Challenge | None:
         """Return the challenge that a client has to meet, or None; ask the registry only if it is not yet known.
@@ -1585,7 +1600,7 @@ class Upstream:
         """Ask ``GET /v2/``; return the status, 2xx or 401, and the challenge, which is learnt."""
         url = f"{site.base}/v2/"
         trail.ask(url)
-        with self._noted(site), self._deadline(site.base, seconds):
+        with self._noted(site, is_ping=True), self._deadline(site.base, seconds):
             answer = Answer(self._send(site.registry, "GET", url, _authorized({}, authorization)), site)
             challenge = self._learn(answer)
             if answer.status != 401:
@@ -1889,10 +1904,9 @@ class Stream:
         self._tries = 0  # since there was progress
         self._endpoint = 0
 
-    @property
-    def host(self) -> str:
-        """Return the host that sends."""
-        return self._answer.host
+    def wrong_digest(self) -> BadGateway:
+        """Return the error for bytes that are not what was asked for, and note it."""
+        return self._upstream.wrong_digest(self._registry, self._answer)
 
     def read(self, size: int) -> bytes:
         """Return at most `size` bytes (the first read may bring more), empty at the end.
@@ -2019,8 +2033,8 @@ class Transfer:
     def fail(self) -> None:
         """Say that the rest of the bytes is not to be had."""
 
-    def hand_over(self) -> None:
-        """Say that nginx sends the bytes."""
+    def hand_over(self, count: int) -> None:
+        """Say that nginx sends so many bytes."""
 
     def close(self) -> None:
         """End the transfer."""
@@ -2043,14 +2057,15 @@ class Pace:
             self._window, self._since = 0, now
 
 
-def verified(chunks: Iterator[bytes], whole: Hash, host: str) -> Iterator[bytes]:
-    """Yield chunks, the last one only if all bytes together are right; raise BadGateway, which names the host."""
+def verified(chunks: Iterator[bytes], whole: Hash, wrong: Callable[[], BadGateway]) -> Iterator[bytes]:
+    """Yield chunks, the last one only if all bytes together are right; else raise what `wrong` returns."""
     held = b""
     for chunk in chunks:
         yield held
         whole.update(chunk)
         held = chunk
-    whole.check(host)
+    if not whole.is_right:
+        raise wrong()
     yield held
 
 
@@ -2107,7 +2122,7 @@ class Body:
         yield b""  # sends the headers: containerd waits 30 s for them, the first chunk may take longer
         with reset_on_failure(self._client, self._transfer):
             chunks = self._chunks()
-            yield from chunks if self._whole is None else verified(chunks, self._whole, self._stream.host)
+            yield from chunks if self._whole is None else verified(chunks, self._whole, self._stream.wrong_digest)
             self._transfer.finish()
 
     def _chunks(self) -> Iterator[bytes]:
@@ -2397,10 +2412,9 @@ class Rest:
         self._ready = ready
         self._stream = stream
 
-    @property
-    def host(self) -> str:
-        """Return the host that sends."""
-        return self._stream.host
+    def wrong_digest(self) -> BadGateway:
+        """Return the error for bytes that are not what was asked for, and note it."""
+        return self._stream.wrong_digest()
 
     def __iter__(self) -> Iterator[bytes]:
         yield self._ready
@@ -2640,7 +2654,7 @@ class Download:
             self._rest = Rest(partial.written, writer.unwritten(), stream)
         if isinstance(writer.failure, WrongDigest):
             self._store.writers.run(partial.discard)
-            raise wrong_digest(stream.host)
+            raise stream.wrong_digest()
         if writer.failure is not None:
             raise writer.failure
 
@@ -2950,7 +2964,7 @@ class PullThrough:
             headers = kept(shown, ("Content-Encoding", *LIMIT_HEADERS))
             return Manifest(record._replace(digest=named), body, "BYPASS", headers=headers)
         if is_digest(named) and named != record.digest:
-            raise wrong_digest(answer.host)
+            raise self.upstream.wrong_digest(name.registry, answer)
         if not MEDIA_TYPE.fullmatch(media_type):
             return Manifest(record, body, "BYPASS", headers=limits)
         if self._on_disk(self._keep, name, record, body):
@@ -3134,7 +3148,7 @@ class FileBody:
         if self._is_whole:
             whole = Hash(cast(str, self._wanted.digest))
             self._store.savers.run(hash_file, whole, self._source.fd, self._at)
-            chunks = verified(chunks, whole, self._rest.host)
+            chunks = verified(chunks, whole, self._rest.wrong_digest)
         for chunk in chunks:
             chunk = chunk[: self._end - self._at]
             self._transfer.spend(len(chunk))
@@ -3143,7 +3157,7 @@ class FileBody:
             if self._at == self._end and not self._is_whole:
                 return
         if self._at < self._end:
-            raise BadGateway(f"{self._rest.host} ended too early")
+            raise BadGateway("upstream ended too early")
 
     def _from_upstream(self) -> Rest:
         """Return the rest from upstream, for this client alone; raise MirrorError."""
@@ -3417,9 +3431,9 @@ class LimitedTransfer(Transfer):
         """Say that the rest of the bytes is not to be had."""
         self._run.outcome = "failed"
 
-    def hand_over(self) -> None:
-        """Say that nginx sends the bytes: it alone knows how many, and how that ends."""
-        self._run.outcome = "handed_over"
+    def hand_over(self, count: int) -> None:
+        """Say that nginx sends so many bytes: it alone knows how that ends."""
+        self._run.outcome, self._run.handed = "handed_over", count
 
     def close(self) -> None:
         """End the transfer; a second time does nothing."""
@@ -3671,7 +3685,8 @@ def bcrypt_matches(password: bytes, encoded: bytes) -> bool:
 NOBODY = "Og=="  # base64 of a colon
 STATUS_FILES = {f"/status/{name}": name for name in FILES}  # of its own: the home page may be another one
 STATUS_PATHS = ("/status", "/status.json", *STATUS_FILES)
-WATCHED = ("/healthz", "/readyz", *STATUS_PATHS, "/metrics")
+HEALTH = ("/healthz", "/readyz")
+WATCHED = (*HEALTH, *STATUS_PATHS, "/metrics")
 MAX_FORM = 64 << 10  # bytes of a POST to /token
 PAGE_RESULTS, PAGE_TAGS = 20, 10  # that a page shows
 MAX_LISTS = 10  # parts of a list of tags, as the registry cuts it
@@ -3683,6 +3698,7 @@ MAX_PAGE = 32 << 20  # bytes of a page of another site, or of a file that it use
 # What Docker Hub's own pages ask its API for; all else below /v2/ is a registry's.
 SITE_API = re.compile(r"/v2/(repositories|users|orgs|categories|search)(/.*)?")
 PATH_LETTERS = "/:@+=,~!$&'()*;"  # that stand in a path as they are
+NOT_KEPT = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}  # it is the owner's alone
 SITE_REQUEST_HEADERS = ("Accept", "Accept-Language", "If-None-Match", "If-Modified-Since")
 # Not among them: Set-Cookie.
 SITE_RESPONSE_HEADERS = (
@@ -3794,31 +3810,37 @@ class Views:
 
     def tick(self) -> None:
         """Bring what is counted up to date; it is to be called each second."""
-        if self._store is not None:
-            self.telemetry.evicted(self._store.cache.take_evicted())
-        self.telemetry.tick()
+        with not_in_the_way():
+            if self._store is not None:
+                self.telemetry.evicted(self._store.cache.take_evicted())
+            self.telemetry.tick()
 
     def admit_client(self) -> None:
-        """Refuse clients that may not pull, whatever they ask for; what watches over the mirror has its own rules."""
-        if request.path not in WATCHED:
+        """Refuse clients that may not pull, whatever they ask for; the checks of health are for everyone."""
+        if request.path not in HEALTH:
             self._gate.admit_client(client_address())
 
     def finish(self, response: Response) -> Response:
         """Finish and count any answer, whose body may still be to come."""
+        with not_in_the_way():
+            self._count(response)
+        return response if "decoy" in g else finish_response(response)
+
+    def _count(self, response: Response) -> None:
         rule = request.url_rule.rule if request.url_rule is not None else ""
         kind, target = KINDS.get(rule, "page"), g.get("target")
         if kind == "watch":
-            return response
+            return
         registry = target.registry.name if target is not None else ""
         self.telemetry.request(registry, kind, response.status_code, time.monotonic() - request.environ["mirror.began"])
-        if request.method == "GET" and "X-Cache" in response.headers:
+        if request.method == "GET" and kind in ("blob", "manifest") and "X-Cache" in response.headers:
             self.telemetry.looked_up(kind, response.headers["X-Cache"])
         if kind != "blob" or response.status_code >= 400:  # else it is a transfer
             self.telemetry.sent(registry, body_size(response))
-        if kind == "manifest" and target is not None and target.repository and request.view_args is not None:
+        is_pull = kind == "manifest" and response.status_code != 401  # after which the client asks again
+        if is_pull and target is not None and target.repository and request.view_args is not None:
             image = f"{registry}/{target.repository}"
             self.telemetry.manifest(client_address(), image, request.view_args["reference"], response.status_code)
-        return response if "decoy" in g else finish_response(response)
 
     def healthz(self) -> Response:
         """Tell that the process is alive, and whether its cache's disk works; upstream is not asked."""
@@ -3890,7 +3912,7 @@ class Views:
         path = store.accelerated(source) if not transfer.is_slowed else None
         if wanted.method == "GET" and path is not None and response.status_code in (200, 206):
             transfer.begin(0, source.label)
-            transfer.hand_over()
+            transfer.hand_over(response.content_length or 0)
             response = Relayed(b"", 200, [*response.headers])  # nginx looks after Range itself
             response.headers.update({"X-Accel-Redirect": path, "Content-Length": "0"})
             del response.headers["Accept-Ranges"]  # nginx adds its own
@@ -4154,6 +4176,15 @@ def pull_through(config: Config, upstream: Upstream) -> PullThrough | None:
     return store
 
 
+@contextmanager
+def not_in_the_way() -> Iterator[None]:
+    """Let nothing that goes wrong in counting spoil a pull, or end a worker."""
+    try:
+        yield
+    except Exception as error:
+        log.error("something was not counted", exc_info=error)
+
+
 def body_size(response: Response) -> int:
     """Return the bytes of this request's answer, as far as they are known before they are sent."""
     if request.method == "HEAD" or response.status_code in (204, 304):
@@ -4287,15 +4318,37 @@ class Front(Views):
 
     # What is not to be seen
 
+    def admit_client(self) -> None:
+        """Refuse clients that may not pull; its viewers may see what the owner sees all the same."""
+        if not self._is_viewer():
+            super().admit_client()
+
+    def _viewers(self) -> tuple[Network, ...]:
+        """Return who may see what stands at this path, empty where it is nothing of the owner's."""
+        path = request.path.removesuffix("/")
+        return self._config.metrics if path == "/metrics" else self._config.status if path in STATUS_PATHS else ()
+
+    def _is_viewer(self) -> bool:
+        """Tell whether this client is one of the viewers of what stands at this path."""
+        return self._is_among(self._viewers())
+
+    def _is_among(self, viewers: tuple[Network, ...]) -> bool:
+        """Tell whether this client is one of these viewers.
+
+        On this host that is by its address or as localhost: a terminator that does not say who asks has another name,
+        and so has a foreign page that a browser takes for this host (DNS rebinding).
+        """
+        client, host = client_address(), re.sub(r":[0-9]+$", "", request.host).strip("[]")
+        is_here = is_within(client, LOOPBACK)
+        return is_within(client, viewers) and (not is_here or is_address(host) or host == "localhost")
+
     def admit_viewer(self) -> Response | None:
         """Let only its viewers find what the owner sees, by whatever method; for others it is a path like any other.
 
         Nor is there a page at a path with one more slash: its links would lead elsewhere.
         """
         path = request.path.removesuffix("/")
-        viewers = {**dict.fromkeys(STATUS_PATHS, self._config.status), "/metrics": self._config.metrics}.get(path)
-        if viewers and not is_within(client_address(), viewers):
-            self._gate.admit_client(client_address())
+        if self._viewers() and not self._is_viewer():
             if self._site is None:
                 abort(404)
             return self.visit(path[1:]) if request.method in ("GET", "HEAD") else None
@@ -4435,7 +4488,7 @@ class Front(Views):
             status,
             address=self._address(),
             arguments=arguments,
-            **{"problem": None, "sees_status": is_within(client_address(), self._config.status), **values},
+            **{"problem": None, "sees_status": self._is_among(self._config.status), **values},
         )
 
     def _failed(self, template: str, error: Exception, **values: Any) -> Response:
@@ -4546,12 +4599,16 @@ class Front(Views):
         shown = self._pages.status(self._report())
         brand = "./" if self._config.home.kind == "usage" else "status"
         page: dict[str, Any] = {"files": "status/", "brand": brand, "sees_status": False}
-        return self._show("status", shown=shown, has_cache=self._store is not None, **page)
+        response = self._show("status", shown=shown, has_cache=self._store is not None, **page)
+        response.headers.update(NOT_KEPT)
+        return response
 
     def status_json(self) -> Response:
         """Give what the status page shows: the figures, and how the page says them."""
         report = self._report()
-        return json_response({**report, "shown": self._pages.status(report)})
+        response = json_response({**report, "shown": self._pages.status(report)})
+        response.headers.update(NOT_KEPT)
+        return response
 
     def metrics(self) -> Response:
         """Give what Prometheus asks for."""
@@ -4560,7 +4617,7 @@ class Front(Views):
         report = self._report()
         accept = request.headers.get("Accept", "")
         content, media_type = expose(accept, __version__, report, *self.telemetry.totals())
-        return Response(content, content_type=media_type)
+        return Response(content, headers=NOT_KEPT, content_type=media_type)
 
     def _report(self) -> Report:
         self.tick()
@@ -4737,7 +4794,7 @@ def at_mirror(url: str, location: str, base: str) -> str:
 
 def is_of_the_mirror(path: str) -> bool:
     """Tell whether a path is for clients and for checks of health, not for people."""
-    return is_api(path) or is_token(path) or path.startswith("/v1/") or path in ("/healthz", "/readyz")
+    return is_api(path) or is_token(path) or path.startswith("/v1/") or path in HEALTH
 
 
 def as_nginx(response: Response) -> Response:

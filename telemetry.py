@@ -15,6 +15,7 @@ import time
 import zlib
 from bisect import bisect_left
 from collections import Counter
+from collections import deque
 from collections.abc import Iterable
 from collections.abc import Iterator
 from contextlib import suppress
@@ -22,12 +23,14 @@ from http import HTTPStatus
 from struct import Struct
 from typing import Any
 
-SLOTS, SLOT = 64, 512 << 10  # workers that share a board, and bytes for each: those that are not used take no memory
-FRAME = Struct("=II")  # length and checksum of what stands in a slot
+SLOTS, PAGE = 64, 512 << 10  # workers that share a board, and bytes of each of their two pages: unused ones take none
+FRAME = Struct("=III")  # number, length and checksum of what stands on a page
+MIN_TICK = 0.5  # seconds, below which a rate says nothing
 STEP, STEPS = 10, 360  # seconds of one point of the last hour, and how many there are
 MAX_SHOWN = 100  # running transfers of one worker that are shown, the oldest ones
 MAX_PULLS = 50  # that are remembered
-PULL_GAP = 600  # seconds after which a client's next request for an image is another pull
+PULL_GAP = 600  # seconds after which a client's next request for an image is another pull,
+PART_GAP = 60  # and after which its next blob is one's of which another worker knows the tag
 MAX_TEXT = 200  # characters of an error that are shown
 FIRST_BYTE = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)  # bounds in seconds
 WHOLE = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3600)
@@ -44,52 +47,62 @@ Report = dict[str, Any]
 class Board:
     """Share memory between the processes of one family: each has a slot, and reads those of all.
 
-    It is made before the fork. A slot is held by a lock, which ends with its process.
+    It is made before the fork. A slot is held by a lock, which ends with its process. It has two pages that are written
+    in turn: one is whole, whenever the process may be killed.
     """
 
     def __init__(self) -> None:
         self._fd = os.memfd_create("docker-mirror")
-        os.ftruncate(self._fd, SLOTS * SLOT)
+        os.ftruncate(self._fd, SLOTS * 2 * PAGE)
         self._own: int | None = None
+        self._number = 0  # of what was written last
 
     def take(self) -> bytes:
         """Take a free slot, and return what the process before has left there; without one, write() does nothing."""
         for slot in range(SLOTS):
-            if self._lock(slot):
+            if self._lock(slot, fcntl.LOCK_EX):
                 self._own = slot
-                return self._read(slot)
+                self._number, left = self._read(slot)
+                return left
         return b""
 
     def write(self, content: bytes) -> None:
-        """Put content into the own slot; what is too long stays away."""
-        if self._own is not None and len(content) <= SLOT - FRAME.size:
-            os.pwrite(self._fd, FRAME.pack(len(content), zlib.crc32(content)) + content, self._own * SLOT)
+        """Put content into the own slot."""
+        if self._own is not None:
+            self._number += 1
+            frame = FRAME.pack(self._number, len(content), zlib.crc32(content))
+            os.pwrite(self._fd, frame + content, self._place(self._own, self._number % 2))
 
     def others(self) -> Iterator[tuple[bytes, bool]]:
         """Yield what stands in the slots of all other processes, and whether the process lives."""
         for slot in range(SLOTS):
-            content = self._read(slot) if slot != self._own else b""
+            content = self._read(slot)[1] if slot != self._own else b""
             if content:
-                is_free = self._lock(slot)
+                is_free = self._lock(slot, fcntl.LOCK_SH)
                 if is_free:
-                    fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, slot * SLOT)
+                    fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, self._place(slot))
                 yield content, not is_free
 
-    def _lock(self, slot: int) -> bool:
+    def _place(self, slot: int, page: int = 0) -> int:
+        return (2 * slot + page) * PAGE
+
+    def _lock(self, slot: int, kind: int) -> bool:
         try:
-            fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, slot * SLOT)
+            fcntl.lockf(self._fd, kind | fcntl.LOCK_NB, 1, self._place(slot))
         except OSError:
             return False
         return True
 
-    def _read(self, slot: int) -> bytes:
-        """Return what stands in a slot; nothing, if its owner keeps on writing."""
-        for _ in range(10):
-            length, checksum = FRAME.unpack(os.pread(self._fd, FRAME.size, slot * SLOT))
-            content = os.pread(self._fd, length, slot * SLOT + FRAME.size) if length <= SLOT else b""
-            if zlib.crc32(content) == checksum:
-                return content
-        return b""
+    def _read(self, slot: int) -> tuple[int, bytes]:
+        """Return number and content of what was written last into a slot; nothing, if nothing was."""
+        found = (0, b"")
+        for page in (0, 1):
+            place = self._place(slot, page)
+            number, length, checksum = FRAME.unpack(os.pread(self._fd, FRAME.size, place))
+            content = os.pread(self._fd, length, place + FRAME.size) if length <= PAGE else b""
+            if number > found[0] and zlib.crc32(content) == checksum:
+                found = (number, content)
+        return found
 
 
 class Histogram:
@@ -120,10 +133,12 @@ class Run:
         self.sent = 0
         self.has_begun = False  # there is an answer with a body
         self.outcome = "left"  # one of OUTCOMES
+        self.handed = 0  # bytes that nginx sends
         self.rate = 0.0  # bytes per second
         self._telemetry = telemetry
         self._key = ("sent", registry)
         self._registry, self._client, self._image, self._digest = registry, client, image, digest
+        self._pull = telemetry.pull(client, image)
         self._began, self._start = time.time(), time.monotonic()
         self._sent_before = 0
 
@@ -143,9 +158,13 @@ class Run:
         self._sent_before = self.sent
 
     def end(self) -> None:
-        """Count the transfer; nobody asks for it any more."""
-        seconds = time.monotonic() - self._start
-        self._telemetry.ended(self, self._registry, self._client, self._image, seconds)
+        """Count the transfer; a second time does nothing."""
+        if self._telemetry.ended(self, self._registry, time.monotonic() - self._start):
+            count = self.sent + self.handed
+            self._pull["blobs"] += 1
+            self._pull["bytes"] += count
+            self._pull["kept"] += count if self.label in HITS else 0
+            self._pull["ended"] = time.time()
 
     def shown(self) -> dict[str, Any]:
         """Return what is shown of it."""
@@ -167,11 +186,11 @@ class Telemetry:
     def __init__(self, endpoints: Iterable[tuple[str, str]] = ()) -> None:
         self.counts: Counter[tuple[str, ...]] = Counter()  # by a name and the values of its labels
         self._endpoints = tuple(endpoints)
-        self._began = time.time()
+        self._began = time.monotonic()
         self._durations: dict[tuple[str, ...], Histogram] = {}
         self._runs: dict[int, Run] = {}
-        self._pulls: dict[tuple[str, str], dict[str, Any]] = {}  # by client and image, the newest last
-        self._health: dict[tuple[str, str], dict[str, Any]] = {}
+        self._pulls: deque[dict[str, Any]] = deque(maxlen=MAX_PULLS)
+        self._health: dict[tuple[str, str], dict[str, Any]] = {}  # times are time.monotonic(), which workers share
         self._quotas: dict[tuple[str, str], dict[str, Any]] = {}
         self._hour: dict[int, list[int]] = {}  # by time in steps: bytes sent, bytes received, hits, misses
         self._summed = [0, 0, 0, 0]
@@ -209,30 +228,49 @@ class Telemetry:
         self._runs[id(run)] = run
         return run
 
-    def ended(self, run: Run, registry: str, client: str, image: str, seconds: float) -> None:
-        """Count a transfer that ended, one way or another; a second time does nothing."""
+    def ended(self, run: Run, registry: str, seconds: float) -> bool:
+        """Count a transfer that ended, one way or another; tell whether it had begun, and is not counted yet."""
         if self._runs.pop(id(run), None) is None or not run.has_begun:
-            return
+            return False
         self.counts["transfers", registry, run.outcome] += 1
         if run.outcome == "whole":
             self._duration("transfer", registry, WHOLE).add(seconds)
-        pull = self._pull(client, image, "")
-        pull["blobs"] += 1
-        pull["bytes"] += run.sent
-        pull["kept"] += run.sent if run.label in HITS else 0
+        return True
 
     def manifest(self, client: str, image: str, reference: str, status: int) -> None:
         """Note the beginning of a pull, or its next step, by tag or digest."""
-        self._pull(client, image, reference)["status"] = status
+        self.pull(client, image, reference)["status"] = status
 
-    def answered(self, registry: str, url: str) -> None:
-        """Note that an endpoint answered."""
-        self._endpoint(registry, url)["answered"] = time.time()
+    def pull(self, client: str, image: str, reference: str = "") -> dict[str, Any]:
+        """Return the pull that a request belongs to: another tag, or the same after its blobs, begins another one."""
+        now, is_tag = time.time(), reference != "" and ":" not in reference
+        known = (one for one in reversed(self._pulls) if (one["client"], one["image"]) == (client, image))
+        pull = next(known, None)
+        if pull is not None:
+            gap = PULL_GAP if pull["reference"] else PART_GAP
+            is_next = is_tag and (pull["blobs"] > 0 or pull["reference"] != reference)
+            if is_next or not -gap < now - pull["ended"] < gap:
+                pull = None
+        if pull is None:
+            pull = {"client": client, "image": image, "reference": reference, "began": now, "status": 200}
+            pull |= {"blobs": 0, "bytes": 0, "kept": 0}
+            self._pulls.append(pull)
+        pull["ended"] = now
+        return pull
+
+    def answered(self, registry: str, url: str, began: float, is_ping: bool = False) -> None:
+        """Note that an endpoint answered what it was asked at `began`; a ping tells nothing of limits and contents."""
+        known = self._endpoint(registry, url)
+        is_failing = known.get("failed", 0) > known.get("answered", 0)
+        if not is_failing or (
+            began >= known["failed"] and (not is_ping or known["reason"] in ("connection", "timeout"))
+        ):
+            known["answered"] = time.monotonic()
 
     def failed(self, registry: str, url: str, reason: str, text: str) -> None:
         """Note that an endpoint failed, by one of a few reasons, and in words."""
         self.counts["failures", registry, url, reason] += 1
-        known, now = self._endpoint(registry, url), time.time()
+        known, now = self._endpoint(registry, url), time.monotonic()
         if known.get("failed", 0) <= known.get("answered", 0):
             known["since"] = now
         known.update(failed=now, reason=reason, why=text[:MAX_TEXT])
@@ -240,7 +278,11 @@ class Telemetry:
     def cools(self, registry: str, url: str, seconds: float) -> None:
         """Note that an endpoint is left alone."""
         self.counts["cooldowns", registry, url] += 1
-        self._endpoint(registry, url)["until"] = time.time() + seconds
+        self._endpoint(registry, url)["until"] = time.monotonic() + seconds
+
+    def recovered(self, registry: str, url: str) -> None:
+        """Note that an endpoint is not left alone any more."""
+        self._endpoint(registry, url)["until"] = 0
 
     def quota(self, registry: str, url: str, limit: str, remaining: str) -> None:
         """Note what a registry tells of its limit, such as ``100;w=21600`` and ``76;w=21600``; nonsense is ignored.
@@ -262,8 +304,9 @@ class Telemetry:
     # What it reports
 
     def share(self) -> None:
-        """Let the processes that will be forked report together."""
-        self._board = Board()
+        """Let the processes that will be forked report together, where the system lets them."""
+        with suppress(OSError):
+            self._board = Board()
 
     def join(self) -> None:
         """Report together with the others from now on, and go on with what an ended process has counted."""
@@ -272,18 +315,21 @@ class Telemetry:
         left = self._board.take()
         if left:
             self._go_on(json.loads(left))
+        self.tick()
 
     def tick(self) -> None:
         """Bring rates, the last hour and the board up to date. It is to be called each second."""
-        now = time.monotonic()
-        seconds, self._ticked = max(now - self._ticked, 0.001), now
-        if seconds > 0.1:
-            for run in self._runs.values():
+        seconds = time.monotonic() - self._ticked
+        if seconds > MIN_TICK:
+            self._ticked += seconds
+            for run in list(self._runs.values()):
                 run.tick(seconds)
         self._note_hour()
         if self._board is not None:
-            content = json.dumps(self._snapshot(), separators=(",", ":")).encode()
-            if content != self._written:
+            content = as_json(self._snapshot())
+            if len(content) > PAGE - FRAME.size:
+                content = as_json({**self._snapshot(), "runs": [], "pulls": []})
+            if content != self._written and len(content) <= PAGE - FRAME.size:
                 self._board.write(content)
                 self._written = content
 
@@ -296,14 +342,14 @@ class Telemetry:
             pids.append(os.getppid())
         return {
             "at": now,
-            "uptime": now - min(one["began"] for one in living),
+            "uptime": time.monotonic() - min(one["began"] for one in living),
             "workers": len(living),
             "memory": sum(map(memory_of, pids)),
             "running": sum(one["running"] for one in living),
             "rate": sum(one["rate"] for one in living),
             "transfers": sorted((run for one in living for run in one["runs"]), key=lambda run: run["began"]),
             "pulls": _merged_pulls(pull for one in every for pull in one["pulls"]),
-            "endpoints": [self._state(now, *endpoint, every) for endpoint in self._endpoints],
+            "endpoints": [_state(now - time.monotonic(), *endpoint, living, every) for endpoint in self._endpoints],
             "quotas": _newest(quota for one in every for quota in one["quotas"]),
             "hour": _hour(now, [one["hour"] for one in every]),
         }
@@ -330,11 +376,11 @@ class Telemetry:
             "running": len(self._runs),
             "rate": sum(run.rate for run in self._runs.values()),
             "runs": [run.shown() for run in list(self._runs.values())[:MAX_SHOWN]],
-            "pulls": list(self._pulls.values()),
+            "pulls": list(self._pulls),
             "health": [[*key, value] for key, value in self._health.items()],
             "quotas": [{"registry": key[0], "url": key[1], **value} for key, value in self._quotas.items()],
             "hour": list(self._hour.items()),
-            "counts": [[*key, value] for key, value in self.counts.items()],
+            "counts": [[*key, value] for key, value in list(self.counts.items())],
             "durations": [[*key, found.counts, found.total] for key, found in self._durations.items()],
         }
 
@@ -343,7 +389,7 @@ class Telemetry:
         self.counts += _counted(left)
         for key, found in _durations([left]).items():
             self._durations[key] = found
-        self._pulls = {(pull["client"], pull["image"]): pull for pull in left["pulls"]}
+        self._pulls.extend(left["pulls"])
         self._health = {(registry, url): value for registry, url, value in left["health"]}
         self._quotas = {
             (quota["registry"], quota["url"]): {key: quota[key] for key in ("limit", "remaining", "window", "at")}
@@ -361,21 +407,6 @@ class Telemetry:
     def _endpoint(self, registry: str, url: str) -> dict[str, Any]:
         return self._health.setdefault((registry, url), {})
 
-    def _pull(self, client: str, image: str, reference: str) -> dict[str, Any]:
-        """Return the pull that a request belongs to: another tag, or the same after its blobs, begins another one."""
-        now = time.time()
-        pull = self._pulls.pop((client, image), None)
-        is_tag = reference != "" and ":" not in reference
-        is_next = is_tag and pull is not None and (pull["blobs"] > 0 or pull["reference"] != reference)
-        if pull is None or is_next or now - pull["ended"] > PULL_GAP:
-            pull = {"client": client, "image": image, "reference": reference, "began": now, "status": 200}
-            pull |= {"blobs": 0, "bytes": 0, "kept": 0}
-        pull["ended"] = now
-        self._pulls[client, image] = pull
-        if len(self._pulls) > MAX_PULLS:
-            del self._pulls[next(iter(self._pulls))]
-        return pull
-
     def _sums(self) -> list[int]:
         """Return bytes sent, bytes received, hits and misses so far."""
         sums = [0, 0, 0, 0]
@@ -384,7 +415,7 @@ class Telemetry:
                 sums[0] += count
             elif key[0] == "received":
                 sums[1] += count
-            elif key[0] == "cache":
+            elif key[0] == "cache" and key[2] in (*HITS, "MISS"):
                 sums[2 if key[2] in HITS else 3] += count
         return sums
 
@@ -395,25 +426,39 @@ class Telemetry:
             here = self._hour.setdefault(step, [0, 0, 0, 0])
             self._hour[step] = [old + new - last for old, new, last in zip(here, sums, self._summed, strict=True)]
             self._summed = sums
-            for old in [one for one in self._hour if one <= step - STEPS]:
+            for old in [one for one in self._hour if not step - STEPS < one <= step]:  # a clock may be set back
                 del self._hour[old]
 
-    def _state(self, now: float, registry: str, url: str, every: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return what is known of an endpoint: up, cooling, failing or unknown, and since when and why."""
-        found = [value for one in every for *key, value in one["health"] if key == [registry, url]]
-        answered = max((one.get("answered", 0) for one in found), default=0)
-        worst: dict[str, Any] = max(found, key=lambda one: one.get("failed", 0), default={})
-        shown: dict[str, Any] = {"registry": registry, "url": url, "state": "unknown", "answered": answered or None}
-        if worst.get("failed", 0) > answered:
-            until = max((one.get("until", 0) for one in found), default=0)
-            is_cooling = until > now
-            shown |= {"state": "cooling" if is_cooling else "failing", "until": until if is_cooling else None}
-            since = [one["since"] for one in found if one.get("since", 0) > answered]
-            shown |= {"since": min(since, default=worst["failed"]), "failed": worst["failed"]}
-            shown |= {"reason": worst["reason"], "why": worst["why"]}
-        elif answered:
-            shown["state"] = "up"
-        return shown
+
+def _state(
+    offset: float, registry: str, url: str, living: list[dict[str, Any]], every: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Return what is known of an endpoint: up, cooling, failing or unknown, and since when and why.
+
+    `offset` is what time.time() is ahead of time.monotonic(). It is cooling if any worker leaves it alone.
+    """
+    found, cooled = (
+        [value for one in some for *key, value in one["health"] if key == [registry, url]] for some in (every, living)
+    )
+    answered = max((one.get("answered", 0) for one in found), default=0)
+    until = max((one.get("until", 0) for one in cooled), default=0)
+    worst: dict[str, Any] = max(found, key=lambda one: one.get("failed", 0), default={})
+    is_cooling = until + offset > time.time()
+    shown: dict[str, Any] = {"registry": registry, "url": url, "state": "unknown"}
+    shown["answered"] = answered + offset if answered else None
+    if is_cooling or worst.get("failed", 0) > answered:
+        shown |= {"state": "cooling" if is_cooling else "failing", "until": until + offset if is_cooling else None}
+        since = min((one["since"] for one in found if one.get("since", 0) > answered), default=worst["failed"])
+        shown |= {"since": since + offset, "failed": worst["failed"] + offset}
+        shown |= {"reason": worst["reason"], "why": worst["why"]}
+    elif answered:
+        shown["state"] = "up"
+    return shown
+
+
+def as_json(content: Any) -> bytes:
+    """Return content as short JSON."""
+    return json.dumps(content, separators=(",", ":")).encode()
 
 
 def _counted(one: dict[str, Any]) -> Counter[tuple[str, ...]]:
@@ -447,7 +492,7 @@ def _merged_pulls(pulls: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         for key in ("blobs", "bytes", "kept"):
             same[key] += pull[key]
         same["ended"] = max(same["ended"], pull["ended"])
-        same["status"] = max(same["status"], pull["status"])
+        same["status"] = min(same["status"], pull["status"])
         if not same["reference"] or ":" in same["reference"]:
             same["reference"] = pull["reference"] or same["reference"]
     return sorted(merged, key=lambda pull: pull["ended"], reverse=True)[:MAX_PULLS]
@@ -456,7 +501,7 @@ def _merged_pulls(pulls: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 def _is_same_pull(one: dict[str, Any], other: dict[str, Any]) -> bool:
     tags = {pull["reference"] for pull in (one, other) if pull["reference"] and ":" not in pull["reference"]}
     same_name = one["client"] == other["client"] and one["image"] == other["image"]
-    return same_name and len(tags) < 2 and other["began"] - one["ended"] < PULL_GAP
+    return same_name and len(tags) < 2 and other["began"] - one["ended"] < (PULL_GAP if tags else PART_GAP)
 
 
 def _hour(now: float, hours: list[list[Any]]) -> dict[str, Any]:

@@ -340,6 +340,11 @@ def post_worker_init(worker: Any) -> None:
     gevent.spawn(tidy_now_and_then)
 
 
+def worker_exit(server: Any, worker: Any) -> None:
+    """Let the next worker go on with all that this one counted."""
+    app.extensions["docker-mirror"].tick()
+
+
 def tidy_now_and_then() -> None:
     """Look after the cache, if there is one."""
     while True:

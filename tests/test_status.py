@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ from test_home import looks_like_nginx
 from upstream import RawUpstream
 from upstream import reply
 
+import telemetry
 from pages import Pages
 from pages import Status
 from pages import bars_path
@@ -146,7 +148,7 @@ def test_the_page_runs_nothing_but_its_own_file_and_needs_none(quiet: Lab) -> No
     assert [script.attrib for script in page.root.iterfind(".//script")] == [{"src": "status/page.js", "defer": ""}]
     assert "unsafe" not in page.reply.headers["content-security-policy"]
     assert "noindex" in page.reply.headers["x-robots-tag"]
-    assert page.reply.headers["cache-control"] == "no-cache"
+    assert page.reply.headers["cache-control"] == "no-store"
     refresh = page.root.find(".//head/noscript/meta")
     assert refresh is not None
     assert refresh.attrib == {"http-equiv": "refresh", "content": "10"}
@@ -329,12 +331,13 @@ def test_the_parts_of_plots() -> None:
 
 
 def test_an_endpoint_fails_since_the_first_failure_after_its_last_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    told, now = Telemetry([("r", "u")]), 1000.0
-    monkeypatch.setattr("telemetry.time.time", lambda: now)
-    for now, happens in enumerate("ffaff", 1000):  # noqa: B007 - it is what time.time() gives
+    now = 1000.0
+    monkeypatch.setattr(telemetry, "time", SimpleNamespace(time=lambda: now, monotonic=lambda: now))
+    told = Telemetry([("r", "u")])
+    for now, happens in enumerate("ffaff", 1000):
         if happens == "f":
             told.failed("r", "u", "timeout", "")
         else:
-            told.answered("r", "u")
+            told.answered("r", "u", now)
     (found,) = told.report()["endpoints"]
     assert (found["since"], found["failed"]) == (1003, 1004)
