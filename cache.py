@@ -495,8 +495,9 @@ class Cache:
         fd = _create(self.directory / "usage")
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
-            total = max(0, (_number(fd) or 0) + change)
-            if change:
+            before = _number(fd)
+            total = max(0, (before or 0) + change)
+            if total != before:
                 os.pwrite(fd, b"%-19d" % total, 0)
                 os.ftruncate(fd, 19)
             return total
