@@ -127,6 +127,8 @@ run() {
         *" -b"* | *" --bi"*) ;;
         *) set -- --bind "$bind" "$@" ;;
     esac
+    # Without docstrings, and the columns of tracebacks, it takes 2 MB less.
+    export PYTHONOPTIMIZE=2 PYTHONNODEBUGRANGES=1 PYTHONPYCACHEPREFIX=$venv/bytecode
     exec "$venv/bin/gunicorn" --config python:wsgi --worker-connections 2000 --keep-alive 75 --graceful-timeout 300 "$@" wsgi:app
 }
 
@@ -338,8 +340,17 @@ build() {
     act env -C "$here" cp --parents --target-directory "$release/source" "${files[@]}"
     act "$release/bin/pip" install --quiet --disable-pip-version-check "${options[@]}" "$release/source$(extras)" ||
         die "pip could not install; its message stands above"
+    write_bytecode "$release"
     act touch "$release/complete"
     trap - EXIT
+}
+
+# Compile what a version brings, and what of Python it imports, as the service takes it: it cannot write that itself.
+# Where this fails, it compiles at each start.
+write_bytecode() {
+    local options=(-C "$1" PYTHONOPTIMIZE=2 PYTHONNODEBUGRANGES=1 PYTHONPYCACHEPREFIX="$1/bytecode")
+    act env "${options[@]}" "$1/bin/python" -m compileall -qq "$1/lib" || true
+    act env "${options[@]}" "$1/bin/gunicorn" --config python:wsgi --check-config wsgi:app || true
 }
 
 # Give the owner files to write settings into, and never touch them again.

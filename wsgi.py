@@ -23,6 +23,7 @@ import signal
 import socket
 import sys
 import time
+import warnings
 from functools import partial
 from http import HTTPStatus
 from typing import Any
@@ -37,6 +38,10 @@ from gunicorn.http import errors
 from gunicorn.http.parser import RequestParser
 from gunicorn.workers.base_async import AsyncWorker
 from gunicorn.workers.ggevent import GeventWorker
+
+# requests does without it, with a warning, where nobody asks it to guess a text's encoding; it would take 2 MB.
+sys.modules["charset_normalizer"] = None  # type: ignore[assignment]
+warnings.filterwarnings("ignore", "Unable to find acceptable character detection dependency")
 
 from mirror import below
 from mirror import create_app
@@ -289,6 +294,7 @@ def when_ready(server: Any) -> None:
     systemd.sd_notify(f"STATUS={what_is_served(server)}", server.log)
     app.extensions["docker-mirror"].telemetry.share()
     gc.collect()
+    trim()
     gc.freeze()
 
 
@@ -363,15 +369,19 @@ def take_over(worker: Any) -> None:
 
 def trim_when_idle(worker: Any) -> None:
     """Give the memory of a burst back to the system, once no request has come for a while (139 to 54 MB, measured)."""
-    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if malloc_trim is None:  # musl
-        return
     seen = trimmed = 0
     while True:
         gevent.sleep(TRIM_EVERY)
         if worker.nr == seen != trimmed:
             app.extensions["docker-mirror"].close_idle()
             gc.collect()
-            malloc_trim(0)
+            trim()
             trimmed = seen
         seen = worker.nr
+
+
+def trim() -> None:
+    """Give free memory back to the system: malloc_trim(3), which musl has not."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)

@@ -22,6 +22,11 @@ HOST = "127.0.0.1"
 ROOT = Path(__file__).resolve().parent.parent
 # As deploy.sh runs it, but for the graceful timeout: a test does not wait for its transfers.
 SERVED_AS = ("--worker-connections", "2000", "--keep-alive", "75", "--graceful-timeout", "1")
+SERVED_WITH = {
+    "PYTHONOPTIMIZE": "2",
+    "PYTHONNODEBUGRANGES": "1",
+    "PYTHONPYCACHEPREFIX": f"{sys.prefix}/bytecode",
+}
 
 
 class AccessLine(NamedTuple):
@@ -48,7 +53,8 @@ class Mirror:
         covered: bool = True,
         **settings: object,
     ):
-        self._hidden = ("MIRROR_",) if covered else ("MIRROR_", "COVERAGE_")
+        hidden = ("MIRROR_", "PYTHONDONTWRITEBYTECODE")  # compiled anew at each start, it would take more memory
+        self._hidden = hidden if covered else (*hidden, "COVERAGE_")
         self.port = port or free_port(HOST)
         self.host = f"{HOST}:{self.port}"
         self.url = f"http://{self.host}{settings.get('path_prefix', '')}"
@@ -79,7 +85,7 @@ class Mirror:
 
     def _environment(self) -> dict[str, str]:
         inherited = {name: value for name, value in clean_environment().items() if not name.startswith(self._hidden)}
-        return inherited | {"PYTHONUNBUFFERED": "1"} | self._settings
+        return inherited | {"PYTHONUNBUFFERED": "1"} | SERVED_WITH | self._settings
 
     def _healthy(self) -> bool:
         with requests.Session() as session:
