@@ -23,7 +23,7 @@ purge=
 
 # The packages that bring the tests' real servers and clients.
 test_packages=(docker-registry nginx skopeo podman uidmap docker.io containerd tinyproxy-bin microsocks
-    redis-server shellcheck curl haproxy apache2-bin caddy chromium chromium-driver prometheus)
+    redis-server shellcheck curl haproxy apache2-bin caddy chromium chromium-driver prometheus iproute2)
 
 usage() {
     cat <<END

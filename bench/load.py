@@ -1,4 +1,4 @@
-"""The load: many downloads of one blob at once, in one process of its own that costs as little as it can.
+"""The load: many downloads of one object at once, in one process of its own that costs as little as it can.
 
     python -m bench.load '{"port": 5000, "path": "/v2/…", "size": 100000000, "clients": 16}'
 
@@ -23,6 +23,8 @@ from bench import ROOT
 
 HOST = "127.0.0.1"
 MAX_HEAD = 64 << 10  # bytes
+ANSWERED = "answered"
+START_SECONDS = 120  # in which all clients of a job that is `together` must be answered
 TICKS = 20  # looks per second at a download that has a rate
 BUFFER = memoryview(bytearray(1 << 20))
 
@@ -34,9 +36,12 @@ class LoadFailed(Exception):
 class Job(NamedTuple):
     """Say what to download, and how.
 
-    `size` is the blob's, in bytes, `rate` is each client's, in bytes per second (0: as fast as it comes), `rcvbuf` is
-    each client's receive buffer in bytes (0: the kernel's choice). A job ends after `seconds`, and failed if it was to
-    be `whole` and is not. With a `digest` each client's bytes are hashed; otherwise the kernel drops them uncopied.
+    `size` is the object's, in bytes, `rate` is each client's, in bytes per second (0: as fast as it comes), `rcvbuf` is
+    each client's receive buffer in bytes (0: the kernel's choice). With a rate, so many clients come in a second as are
+    `arriving` (0: all at once). Each client asks `requests` times, one after the other, over one connection, with
+    `accept` as its Accept header. A job ends after `seconds`, and failed if it was to be `whole` and is not. With
+    `together` and a rate, the seconds begin when all clients have been answered, and a line says so. With a `digest`
+    all bytes are hashed; otherwise the kernel drops them uncopied.
     """
 
     port: int
@@ -48,10 +53,14 @@ class Job(NamedTuple):
     seconds: float = 300
     whole: bool = True
     digest: str = ""
+    requests: int = 1
+    accept: str = ""
+    together: bool = False
+    arriving: int = 0
 
 
 class Outcome(NamedTuple):
-    """Hold what came of a job: its seconds, the bytes of all bodies, and how many downloads had which end."""
+    """Hold what came of a job: its seconds, the bytes of all bodies, and how many answers had which end."""
 
     seconds: float
     received: int
@@ -64,9 +73,17 @@ class Outcome(NamedTuple):
         """Return the bytes per second of all clients together."""
         return self.received / self.seconds
 
+    @property
+    def answers(self) -> float:
+        """Return the whole answers per second of all clients together."""
+        return self.complete / self.seconds
+
 
 class Download:
-    """Fetch the blob once, over a connection of its own that never blocks after the request is sent."""
+    """Fetch the object, once or several times, over a connection of its own that never blocks once it stands.
+
+    `received` counts the bytes of all bodies, `started`, `complete` and `right` count answers.
+    """
 
     def __init__(self, job: Job):
         self.socket = socket.socket()
@@ -74,39 +91,36 @@ class Download:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, job.rcvbuf)  # counts if set before connect
         self.socket.settimeout(30)
         self.socket.connect((HOST, job.port))
-        self.socket.sendall(f"GET {job.path} HTTP/1.1\r\nHost: {HOST}:{job.port}\r\n\r\n".encode())
+        accept = f"Accept: {job.accept}\r\n" if job.accept else ""
+        self._request = f"GET {job.path} HTTP/1.1\r\nHost: {HOST}:{job.port}\r\n{accept}\r\n".encode()
+        self._job = job
+        self.began = time.monotonic()
+        self.received = self.started = self.complete = self.right = 0
+        self._ask()
         self.socket.setblocking(False)
-        self.started = time.monotonic()
-        self.received = 0
-        self._size = job.size
+
+    def _ask(self) -> None:
+        self.socket.sendall(self._request)  # so short that it never blocks
+        self._left = self._job.size
         self._head: bytes | None = b""
-        self._hash = hashlib.sha256() if job.digest else None
+        self._hash = hashlib.sha256() if self._job.digest else None
 
     @property
-    def answered(self) -> bool:
-        """Tell whether the head of the answer is there."""
-        return self._head is None
-
-    @property
-    def complete(self) -> bool:
-        """Tell whether the whole body is there."""
-        return self.received == self._size
-
-    def digest(self) -> str:
-        """Return the digest of the bytes so far, as registries write it; "" if they are not hashed."""
-        return f"sha256:{self._hash.hexdigest()}" if self._hash else ""
+    def done(self) -> bool:
+        """Tell whether all answers are there."""
+        return self.complete == self._job.requests
 
     def receive(self, limit: int) -> None:
         """Take at most `limit` bytes of what has come, if anything has; raise LoadFailed for a wrong answer."""
-        wanted = min(limit, len(BUFFER), self._size - self.received)
-        dropped = self.answered and self._hash is None
+        wanted = min(limit, len(BUFFER), self._left + (MAX_HEAD if self._head is not None else 0))
+        dropped = self._head is None and self._hash is None
         try:
             # MSG_TRUNC: Linux drops TCP's bytes without a copy, tcp(7).
             count = self.socket.recv_into(BUFFER, wanted, socket.MSG_TRUNC if dropped else 0)
         except BlockingIOError:
             return
         if count == 0:
-            raise LoadFailed(f"the connection was closed after {self.received} of {self._size} bytes")
+            raise LoadFailed(f"the connection was closed {self._left} bytes before the answer's end")
         if self._head is not None:
             self._receive_head(self._head + bytes(BUFFER[:count]))
         else:
@@ -118,15 +132,22 @@ class Download:
             self._head = data
             return
         text = head.decode("latin-1")
-        if not text.startswith("HTTP/1.1 200 ") or not re.search(rf"(?im)^content-length: {self._size}\r?$", text):
-            raise LoadFailed(f"the answer is not 200 with {self._size} bytes:\n{text[:1000]}")
+        if not text.startswith("HTTP/1.1 200 ") or not re.search(rf"(?im)^content-length: {self._job.size}\r?$", text):
+            raise LoadFailed(f"the answer is not 200 with {self._job.size} bytes:\n{text[:1000]}")
         self._head = None
+        self.started += 1
         self._count(memoryview(body))
 
     def _count(self, data: memoryview) -> None:
         self.received += len(data)
+        self._left -= len(data)
         if self._hash:
             self._hash.update(data)
+        if self._left == 0:
+            self.complete += 1
+            self.right += self._hash is not None and self._job.digest == f"sha256:{self._hash.hexdigest()}"
+            if not self.done:
+                self._ask()
 
 
 class Downloads:
@@ -146,34 +167,48 @@ class Downloads:
     def run(self) -> Outcome:
         """Download; return when all is there or the time is over. Raises LoadFailed."""
         started = time.monotonic()
-        self._all += [Download(self._job) for _ in range(self._job.clients)]
         (self._run_paced if self._job.rate else self._run_free)(started + self._job.seconds)
         seconds = time.monotonic() - started
-        complete = [download for download in self._all if download.complete]
-        if self._job.whole and len(complete) < len(self._all):
-            raise LoadFailed(f"only {len(complete)} of {len(self._all)} were complete after {seconds:.0f} s")
-        received = sum(download.received for download in self._all)
-        right = sum(download.digest() == self._job.digest for download in complete)
-        return Outcome(seconds, received, sum(download.answered for download in self._all), len(complete), right)
+        started, complete, right, received = (
+            sum(getattr(download, name) for download in self._all)
+            for name in ("started", "complete", "right", "received")
+        )
+        wanted = self._job.clients * self._job.requests
+        if self._job.whole and complete < wanted:
+            raise LoadFailed(f"only {complete} of {wanted} answers were complete after {seconds:.0f} s")
+        return Outcome(seconds, received, started, complete, right)
+
+    def _open(self, count: int) -> list[Download]:
+        """Let so many more clients come."""
+        new = [Download(self._job) for _ in range(count)]
+        self._all += new
+        return new
 
     def _run_free(self, deadline: float) -> None:
         with selectors.DefaultSelector() as selector:
-            for download in self._all:
+            for download in self._open(self._job.clients):
                 selector.register(download.socket, selectors.EVENT_READ, download)
             while selector.get_map() and time.monotonic() < deadline:
                 for key, _ in selector.select(timeout=1):
                     key.data.receive(len(BUFFER))
-                    if key.data.complete:
+                    if key.data.done:
                         selector.unregister(key.fileobj)
 
     def _run_paced(self, deadline: float) -> None:
-        waiting = list(self._all)
-        while waiting and time.monotonic() < deadline:
+        waiting: list[Download] = []
+        job, began, starting = self._job, time.monotonic(), self._job.together
+        deadline += START_SECONDS if starting else 0
+        while (waiting or len(self._all) < job.clients) and time.monotonic() < deadline:
+            here = 1 + int((time.monotonic() - began) * job.arriving) if job.arriving else job.clients
+            waiting += self._open(min(here, job.clients) - len(self._all))
+            if starting and sum(download.started > 0 for download in self._all) == job.clients:
+                starting, deadline = False, time.monotonic() + job.seconds
+                print(ANSWERED, flush=True)
             for download in waiting:
-                due = int(self._job.rate * (time.monotonic() - download.started)) - download.received
+                due = int(self._job.rate * (time.monotonic() - download.began)) - download.received
                 if due > 0:
                     download.receive(due)
-            waiting = [download for download in waiting if not download.complete]
+            waiting = [download for download in waiting if not download.done]
             time.sleep(1 / TICKS)
 
 
@@ -190,10 +225,18 @@ def running(job: Job) -> Iterator[subprocess.Popen[str]]:
 
 def outcome(process: subprocess.Popen[str], job: Job) -> Outcome:
     """Wait for the end of a running job and return its outcome; raise LoadFailed."""
-    output, _ = process.communicate(timeout=job.seconds + 60)
+    output, _ = process.communicate(timeout=job.seconds + START_SECONDS)
     if process.returncode:
         raise LoadFailed(f"the load on port {job.port} failed; its message stands above")
-    return Outcome(*json.loads(output))
+    return Outcome(*json.loads(output.splitlines()[-1]))
+
+
+def wait_until_answered(process: subprocess.Popen[str]) -> None:
+    """Return when all clients of a running job that is `together` have been answered; raise LoadFailed."""
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    if line.rstrip() != ANSWERED:
+        raise LoadFailed(f"some clients were not answered in {START_SECONDS} s: {line}")
 
 
 def load(job: Job) -> Outcome:

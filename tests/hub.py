@@ -218,17 +218,21 @@ class _TokenHandler(BaseHTTPRequestHandler):
 
 
 class Hub(Premises):
-    """Run registry, token service and CDN, filled with the images of images.py, below one temporary directory."""
+    """Run registry, token service and CDN, filled with the images of images.py, below one temporary directory.
 
-    def __init__(self) -> None:
+    `cdn_listen` are parameters of the listen directive of the CDN, which is nginx.
+    """
+
+    def __init__(self, cdn_listen: str = "") -> None:
         super().__init__(trustme.CA())
+        self._cdn_listen = cdn_listen
 
     def start(self) -> None:
         """Start the three parts and push the images."""
         self.storage = self.folder / "storage"
         (self.storage / BLOBS).mkdir(parents=True)
         self.tokens = self._stack.enter_context(TokenService(self.authority))
-        self._cdn = self.nginx("cdn", CDN_HOST, CDN_RULES, storage=self.storage)
+        self._cdn = self.nginx("cdn", CDN_HOST, CDN_RULES, listen=self._cdn_listen, storage=self.storage)
         more, values = REDIRECT_TO_CDN + TOKEN_AUTH, {"cdn": self._cdn.url, "ca": self.ca_file, **self.tokens.config}
         self._registry = self.docker_registry("registry", REGISTRY_HOST, self.storage, more, **values)
         self.cdn_url, self.registry_url = self._cdn.url, self._registry.url

@@ -95,6 +95,11 @@ def large_repository() -> Repository:
     return _repository("library/large", ("latest",), _stored_layers("large", 50 * MB, 30 * MB, 20 * MB))
 
 
+def layered_repository(name: str, layers: int, size: int) -> Repository:
+    """Build a repository with so many layers of so many bytes."""
+    return _repository(f"library/{name}", ("latest",), _stored_layers(name, *[size] * layers))
+
+
 def open_repositories() -> Iterator[Repository]:
     """Build the repositories of the registry without auth."""
     yield _repository("pause", ("3.9", "3.10", "latest"), (_text_layer("pause"),), family="docker", indexed=True)

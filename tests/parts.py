@@ -39,7 +39,7 @@ worker_processes 1;
 @USER@
 pid "@FOLDER@/nginx.pid";
 error_log stderr;
-events { worker_connections 1000; }
+events { worker_connections 5000; }
 http {
     default_type application/octet-stream;
     map $http_authorization $bears { default authorized; "" anonymous; }
@@ -58,7 +58,7 @@ http {
     ssl_certificate_key "@CERT@";
     ssl_session_cache shared:lab:4m;
     server {
-        listen @ADDRESS@ ssl backlog=1024;
+        listen @ADDRESS@ ssl backlog=1024 @LISTEN@;
         @RULES@
     }
 }
@@ -118,12 +118,15 @@ class Premises:
         config = REGISTRY_CONFIG + more
         return DockerRegistry(self._server(name, host, config, storage=storage, **values), self._stack)
 
-    def nginx(self, name: str, host: str, rules: str, user: str = "", **values: object) -> "Nginx":
-        """Start an nginx with these rules in its server's block, and as a certain user; it is not awaited."""
+    def nginx(self, name: str, host: str, rules: str, user: str = "", listen: str = "", **values: object) -> "Nginx":
+        """Start an nginx with these rules in its server's block, and as a certain user; it is not awaited.
+
+        `listen` are parameters of that directive.
+        """
         # Started by root, nginx's worker would be another user, who cannot read a temporary directory.
         user = f"user {user or 'root root'};" if os.geteuid() == 0 else ""
         config = NGINX_CONFIG.replace("@RULES@", rules)
-        return Nginx(self._server(name, host, config, user=user, **values), self._stack)
+        return Nginx(self._server(name, host, config, user=user, listen=listen, **values), self._stack)
 
     def _server(self, name: str, host: str, config: str, **values: object) -> "Server":
         folder = self.folder / name

@@ -25,6 +25,7 @@ def test_each_guard_of_the_security_document_has_its_test() -> None:
     assert [row for row in rows if not TEST.fullmatch(row.rstrip(" |").rpartition(" ")[2])] == []
 
 
-def test_both_readmes_lead_to_the_security_document() -> None:
+def test_both_readmes_lead_to_the_documents() -> None:
     for readme in ("README.md", "README.zh-CN.md"):
-        assert "](docs/security.md)" in (ROOT / readme).read_text()
+        for document in ("security", "performance"):
+            assert f"](docs/{document}.md)" in (ROOT / readme).read_text()
