@@ -21,6 +21,7 @@ from processes import SEARCH_PATH
 from processes import StartFailed
 
 from bench.growth import growth
+from bench.limits import limited
 from bench.load import LoadFailed
 from bench.measures import MEASURES
 from bench.measures import SHORT
@@ -117,7 +118,7 @@ def run(arguments: argparse.Namespace, scale: Scale, results: Results) -> int:
         if GROWTH in wanted:
             say(f"growth, after {time.monotonic() - began:.0f} s")
             with stage_of(scale, BOUNDED) as stage:
-                results.curves = growth(stage, say)
+                results.curves = growth(stage, say) | limited(stage, say)
             save(results, arguments.json)
     except FAILURES as error:
         say(f"bench: {error}")

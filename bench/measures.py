@@ -47,7 +47,7 @@ Figures = dict[str, float]
 class Scale(NamedTuple):
     """Say how large the measurements are: sizes in bytes, rates in bytes per second, times in seconds.
 
-    In a round, what varies most has so many `passes`. `growing` numbers are those of growth.py.
+    In a round, what varies most has so many `passes`. `growing` numbers are those of growth.py, `limits` of limits.py.
     """
 
     passes: int = 3
@@ -68,6 +68,7 @@ class Scale(NamedTuple):
     growing_clients: tuple[int, ...] = (10, 100, 1000, 4000)
     growing_rate: int = 20_000
     growing_blobs: tuple[int, ...] = (1000, 10_000, 100_000)
+    limits: tuple[tuple[int, int], ...] = ((128, 300), (512, 1000))  # MiB of memory, and slow clients
 
 
 SHORT = Scale(
@@ -85,6 +86,7 @@ SHORT = Scale(
     round_trip=0.01,
     growing_clients=(4,),
     growing_blobs=(10,),
+    limits=((128, 4),),
 )
 
 

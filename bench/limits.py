@@ -1,0 +1,93 @@
+"""Slow clients of a mirror whose memory is limited, by a control group of its own."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from serving import ROOT
+
+from bench.growth import Curves
+from bench.growth import Say
+from bench.growth import note
+from bench.load import load
+from bench.measures import MIB
+from bench.measures import Stage
+from bench.measures import slow_job
+from bench.peers import Checkout
+
+ROOTS = (Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup"))  # of version 1, and of version 2
+NAME = f"docker-mirror-bench-{os.getpid()}"
+
+
+class Group:
+    """Bound the memory of processes, in a folder of the kernel's control groups, version 1 or 2.
+
+    Source: the kernel's admin guide, cgroup-v1/memory and cgroup-v2.
+    """
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self.processes = folder / "cgroup.procs"
+        self._is_first = (folder / "memory.limit_in_bytes").exists()
+        (folder / ("memory.limit_in_bytes" if self._is_first else "memory.max")).write_text(str(limit))
+        self._folder = folder
+
+    def peak(self) -> int:
+        """Return how many bytes were taken at most."""
+        name = "memory.max_usage_in_bytes" if self._is_first else "memory.peak"
+        return int((self._folder / name).read_text())
+
+    def killed(self) -> int:
+        """Return how many processes were killed for want of memory."""
+        text = (self._folder / ("memory.oom_control" if self._is_first else "memory.events")).read_text()
+        return sum(int(count) for name, count in map(str.split, text.splitlines()) if name == "oom_kill")
+
+
+class Limited(Checkout):
+    """Run the mirror within a group."""
+
+    def __init__(self, group: Group, *arguments: Any, **settings: Any):
+        super().__init__(*arguments, **settings)
+        self._group = group
+
+    def _command(self) -> list[str]:
+        return ["sh", "-c", f'echo $$ >{self._group.processes} && exec "$@"', "sh", *super()._command()]
+
+
+@contextmanager
+def group_of(limit: int) -> Iterator[Group | None]:
+    """Make a group, and remove it; None where this host lets nobody make one."""
+    folder = next((root / NAME for root in ROOTS if (root / "cgroup.procs").exists()), None)
+    group = None
+    if folder is not None:
+        with suppress(OSError):
+            folder.mkdir()
+            group = Group(folder, limit)
+    try:
+        yield group
+    finally:
+        if folder is not None:
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def limited(stage: Stage, say: Say) -> Curves:
+    """Let slow clients pull through mirrors with little memory, and see whether all get their bytes."""
+    curves: Curves = {}
+    for limit, clients in stage.scale.limits:
+        with group_of(limit * MIB) as group:
+            if group is None:
+                say("  no control group that limits memory can be made here")
+                break
+            with Limited(group, stage.hub, ROOT) as server:
+                job = slow_job(server, stage)._replace(path=stage.medium.path, size=stage.medium.size, clients=clients)
+                ended = load(job._replace(digest=stage.medium.digest, whole=False))
+            figures = {
+                "clients within a limit: got all bytes right, %": 100 * ended.right / clients,
+                "clients within a limit: taken at most, MiB": group.peak() / MIB,
+                "clients within a limit: processes killed": float(group.killed()),
+            }
+        note(curves, f"mirror, {limit} MiB", clients, figures, say)
+    return curves
