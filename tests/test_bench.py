@@ -67,7 +67,7 @@ def test_all_measures_run_with_all_their_peers(short: Written) -> None:
         name: {frozenset(peers) for peers in figures.values()} for name, figures in short.results["samples"].items()
     }
     assert found == {measure.name: {frozenset({OURS, *measure.peers})} for measure in MEASURES}
-    assert set(short.results["curves"]) == {
+    assert set(short.results["curves"]) >= {
         f"{kind}: {figure}" for _, _, kind, _, figures in GROWTH_PLOTS for figure in figures
     }
 
