@@ -348,7 +348,7 @@ build() {
 # Compile what a version brings, and what of Python it imports, as the service takes it: it cannot write that itself.
 # Where this fails, it compiles at each start.
 write_bytecode() {
-    local options=(-C "$1" PYTHONOPTIMIZE=2 PYTHONNODEBUGRANGES=1 PYTHONPYCACHEPREFIX="$1/bytecode")
+    local options=(-i -C "$1" PATH="$PATH" PYTHONOPTIMIZE=2 PYTHONNODEBUGRANGES=1 PYTHONPYCACHEPREFIX="$1/bytecode")
     act env "${options[@]}" "$1/bin/python" -m compileall -qq "$1/lib" || true
     act env "${options[@]}" "$1/bin/gunicorn" --config python:wsgi --check-config wsgi:app || true
 }

@@ -5,6 +5,7 @@ import json
 import random
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -53,6 +54,7 @@ Item = TypeVar("Item")
 def main() -> int:
     """Run what the arguments say; return the exit status."""
     arguments = parse_arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # else servers and files would stay
     missing = [program for program in PROGRAMS if shutil.which(program, path=SEARCH_PATH) is None]
     if missing:
         sys.exit(f"bench: install first: {', '.join(missing)}")
@@ -67,7 +69,7 @@ def main() -> int:
         print(table(results, ORDER))
     if results.curves:
         print(growth_table(results.curves))
-    if arguments.docs:
+    if arguments.docs and not status:
         document(results, ORDER, arguments.docs)
     return status
 
@@ -118,7 +120,9 @@ def run(arguments: argparse.Namespace, scale: Scale, results: Results) -> int:
         if GROWTH in wanted:
             say(f"growth, after {time.monotonic() - began:.0f} s")
             with stage_of(scale, BOUNDED) as stage:
-                results.curves = growth(stage, say) | limited(stage, say)
+                results.curves = growth(stage, say)
+                save(results, arguments.json)
+                results.curves |= limited(stage, say)
             save(results, arguments.json)
     except FAILURES as error:
         say(f"bench: {error}")

@@ -76,7 +76,7 @@ def transfers(server: Server, stage: Stage, clients: int) -> dict[str, float]:
     return {
         "transfers: PSS, MiB": (before + taken.pss) / MIB,
         "transfers: kernel TCP, MiB": taken.kernel / MIB,
-        "transfers: CPU, % of a core": 100 * taken.cpu / ended.seconds,
+        "transfers: CPU, % of a core": 100 * taken.cpu,
         "transfers: rate, MB/s": ended.rate / MB,
     }
 
@@ -109,7 +109,7 @@ def blobs_kept(store: Path, blobs: list[Object], stage: Stage) -> dict[str, floa
         start = time.monotonic() - began
         wait_until_quiet(server.pid)
         pss = family.pss(server.pid)
-        job = blobs[0].job(server.port, clients=SMALL, requests=stage.scale.kept_requests)
+        job = blobs[0].job(server.port, clients=SMALL, requests=stage.scale.small_requests)
         ended = load(job)
     tidy = took(lambda: Cache(store, Limits(LARGE)).tidy())
     size = Cache(store, Limits(LARGE)).count(0)

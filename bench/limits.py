@@ -7,11 +7,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from processes import poll
 from serving import ROOT
 
 from bench.growth import Curves
 from bench.growth import Say
 from bench.growth import note
+from bench.load import LoadFailed
 from bench.load import load
 from bench.measures import MIB
 from bench.measures import Stage
@@ -32,12 +34,14 @@ class Group:
         self.processes = folder / "cgroup.procs"
         self._is_first = (folder / "memory.limit_in_bytes").exists()
         (folder / ("memory.limit_in_bytes" if self._is_first else "memory.max")).write_text(str(limit))
+        if self._is_first:  # version 2 counts the buffers of sockets too
+            (folder / "memory.kmem.tcp.limit_in_bytes").write_text(str(limit))
         self._folder = folder
 
     def peak(self) -> int:
-        """Return how many bytes were taken at most."""
-        name = "memory.max_usage_in_bytes" if self._is_first else "memory.peak"
-        return int((self._folder / name).read_text())
+        """Return how many bytes were taken at most, buffers of sockets among them."""
+        first = ("memory.max_usage_in_bytes", "memory.kmem.tcp.max_usage_in_bytes")
+        return sum(int((self._folder / name).read_text()) for name in (first if self._is_first else ("memory.peak",)))
 
     def killed(self) -> int:
         """Return how many processes were killed for want of memory."""
@@ -69,8 +73,17 @@ def group_of(limit: int) -> Iterator[Group | None]:
         yield group
     finally:
         if folder is not None:
-            with suppress(OSError):
-                folder.rmdir()
+            poll(lambda: _removed(folder), 2)
+
+
+def _removed(folder: Path) -> bool:
+    """Remove a group; tell whether it has gone: its last process may still end."""
+    with suppress(FileNotFoundError):
+        try:
+            folder.rmdir()
+        except OSError:
+            return False
+    return True
 
 
 def limited(stage: Stage, say: Say) -> Curves:
@@ -83,9 +96,13 @@ def limited(stage: Stage, say: Say) -> Curves:
                 break
             with Limited(group, stage.hub, ROOT) as server:
                 job = slow_job(server, stage)._replace(path=stage.medium.path, size=stage.medium.size, clients=clients)
-                ended = load(job._replace(digest=stage.medium.digest, whole=False))
+                try:
+                    right = load(job._replace(digest=stage.medium.digest, whole=False)).right
+                except LoadFailed as error:  # one client was refused, or cut off
+                    say(f"  {clients}, {limit} MiB: {error}")
+                    right = 0
             figures = {
-                "clients within a limit: got all bytes right, %": 100 * ended.right / clients,
+                "clients within a limit: got all bytes right, %": 100 * right / clients,
                 "clients within a limit: taken at most, MiB": group.peak() / MIB,
                 "clients within a limit: processes killed": float(group.killed()),
             }

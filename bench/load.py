@@ -40,8 +40,8 @@ class Job(NamedTuple):
     each client's receive buffer in bytes (0: the kernel's choice). With a rate, so many clients come in a second as are
     `arriving` (0: all at once). Each client asks `requests` times, one after the other, over one connection, with
     `accept` as its Accept header. A job ends after `seconds`, and failed if it was to be `whole` and is not. With
-    `together` and a rate, the seconds begin when all clients have been answered, and a line says so. With a `digest`
-    all bytes are hashed; otherwise the kernel drops them uncopied.
+    `together` and a rate, seconds and bytes count from when all clients have been answered, and a line says so. With a
+    `digest` all bytes are hashed; otherwise the kernel drops them uncopied.
     """
 
     port: int
@@ -156,6 +156,7 @@ class Downloads:
     def __init__(self, job: Job):
         self._job = job
         self._all: list[Download] = []
+        self._since = (0.0, 0)  # from when, and from how many bytes on, it counts
 
     def __enter__(self) -> Self:
         return self
@@ -166,9 +167,9 @@ class Downloads:
 
     def run(self) -> Outcome:
         """Download; return when all is there or the time is over. Raises LoadFailed."""
-        started = time.monotonic()
-        (self._run_paced if self._job.rate else self._run_free)(started + self._job.seconds)
-        seconds = time.monotonic() - started
+        self._since = (time.monotonic(), 0)
+        (self._run_paced if self._job.rate else self._run_free)(self._since[0] + self._job.seconds)
+        seconds = time.monotonic() - self._since[0]
         started, complete, right, received = (
             sum(getattr(download, name) for download in self._all)
             for name in ("started", "complete", "right", "received")
@@ -176,7 +177,7 @@ class Downloads:
         wanted = self._job.clients * self._job.requests
         if self._job.whole and complete < wanted:
             raise LoadFailed(f"only {complete} of {wanted} answers were complete after {seconds:.0f} s")
-        return Outcome(seconds, received, started, complete, right)
+        return Outcome(seconds, received - self._since[1], started, complete, right)
 
     def _open(self, count: int) -> list[Download]:
         """Let so many more clients come."""
@@ -202,7 +203,8 @@ class Downloads:
             here = 1 + int((time.monotonic() - began) * job.arriving) if job.arriving else job.clients
             waiting += self._open(min(here, job.clients) - len(self._all))
             if starting and sum(download.started > 0 for download in self._all) == job.clients:
-                starting, deadline = False, time.monotonic() + job.seconds
+                self._since = (time.monotonic(), sum(download.received for download in self._all))
+                starting, deadline = False, self._since[0] + job.seconds
                 print(ANSWERED, flush=True)
             for download in waiting:
                 due = int(self._job.rate * (time.monotonic() - download.began)) - download.received

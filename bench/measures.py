@@ -56,7 +56,8 @@ class Scale(NamedTuple):
     part: int = 100 * MB
     layer: int = 5 * MB
     passed_requests: int = 100  # of each client
-    kept_requests: int = 500
+    kept_requests: int = 5
+    small_requests: int = 2000
     first_bytes: int = 11
     slow_clients: int = 1000
     slow_rate: int = 50_000
@@ -78,7 +79,9 @@ SHORT = Scale(
     part=4 * MB,
     layer=100 * KB,
     passed_requests=2,
-    kept_requests=5,
+    kept_requests=1,
+    small_requests=5,
+    slow_rate=1_000_000,
     first_bytes=2,
     slow_clients=20,
     slow_seconds=0.2,
@@ -208,9 +211,10 @@ def image(server: Server, stage: Stage) -> Figures:
 def kept_blobs(server: Server, stage: Stage) -> Figures:
     """Pull what the server has on its disk, and in memory: the big blob, and several at once."""
     stage.keep(server, stage.big, stage.part)
-    several = stage.part.job(server.port, clients=stage.scale.parallel)
+    more = stage.scale.kept_requests
+    several = stage.part.job(server.port, clients=stage.scale.parallel, requests=more)
     return {
-        **_rates("kept blob", "MB/s", server, stage.big.job(server.port)),
+        **_rates("kept blob", "MB/s", server, stage.big.job(server.port, requests=more)),
         **_rates("kept blobs at once", "MB/s", server, several),
     }
 
@@ -226,7 +230,7 @@ def cold_blob(server: Server, stage: Stage) -> Figures:
 def kept_small(server: Server, stage: Stage) -> Figures:
     """Pull the manifest, and a blob of 1 KB, that the server has on its disk, again and again."""
     stage.keep(server, stage.by_digest, stage.tiny)
-    more = {"clients": SMALL, "requests": stage.scale.kept_requests}
+    more = {"clients": SMALL, "requests": stage.scale.small_requests}
     return {
         **_rates("kept manifest", "requests/s", server, stage.by_digest.job(server.port, **more)),
         **_rates("kept 1 KB blobs", "requests/s", server, stage.tiny.job(server.port, **more)),
@@ -348,7 +352,7 @@ MEASURES = (
 
 
 class Taken(NamedTuple):
-    """Hold what a server took for many clients: bytes of memory, seconds of CPU, bytes in the kernel's TCP buffers."""
+    """Hold what a server took for many clients: bytes of memory, part of a core, bytes in the kernel's TCP buffers."""
 
     pss: int
     cpu: float
@@ -356,16 +360,17 @@ class Taken(NamedTuple):
 
 
 def watched(server: Server, job: Job, stage: Stage) -> tuple[Outcome, Taken]:
-    """Run a job of many clients for some seconds; return what came of it, and what the server took meanwhile."""
+    """Run a job of many clients; return what came of it once all were there, and what the server took meanwhile."""
     seconds = stage.scale.slow_seconds
-    pss, cpu = family.pss(server.pid), family.cpu(server.pid)
+    pss = family.pss(server.pid)
     with running(job._replace(seconds=1.1 * seconds, whole=False, together=True)) as process:
         wait_until_answered(process)
+        cpu, began = family.cpu(server.pid), time.monotonic()
         time.sleep(seconds)
+        cpu = (family.cpu(server.pid) - cpu) / (time.monotonic() - began)
         pss = family.pss(server.pid) - pss
         kernel = family.kernel_tcp(server.port, urlsplit(stage.hub.cdn_url).port or 0)
         ended = outcome(process, job)
-    cpu = family.cpu(server.pid) - cpu
     return ended, Taken(pss, cpu, kernel)
 
 
@@ -387,7 +392,7 @@ def _slow(name: str, server: Server, stage: Stage) -> Figures:
     ended, taken = watched(server, job, stage)
     return {
         f"{name}, MB/s": ended.rate / MB,
-        f"{name}, CPU s/GB": taken.cpu / ended.received * GB,
+        f"{name}, CPU s/GB": taken.cpu / ended.rate * GB,
         f"{name}, PSS each, KiB": taken.pss / KIB / job.clients,
         f"{name}, kernel TCP each, KiB": taken.kernel / KIB / job.clients,
     }

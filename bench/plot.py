@@ -102,7 +102,10 @@ def curve_plot(
     points = [point for line in series.values() for point in line]
     horizontal = log_axis([x for x, _ in points], LEFT + 8, WIDTH - RIGHT - 8)
     heights, ends = [y for _, y in points], (HEIGHT - BOTTOM, TOP)
-    vertical = log_axis([y for y in heights if y > 0], *ends) if log else Axis(0, round_up(max(heights)), *ends, False)
+    is_log = log and any(y > 0 for y in heights)
+    vertical = (
+        log_axis([y for y in heights if y > 0], *ends) if is_log else Axis(0, round_up(max(heights)), *ends, False)
+    )
     parts = [_text(16, 26, title, "title"), *_legend(series)]
     parts += [_tick_across(horizontal, x, HEIGHT - BOTTOM) for x in sorted({x for x, _ in points})]
     for tick in vertical.ticks():
