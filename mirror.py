@@ -2783,7 +2783,7 @@ class PullThrough:
 
     def _join(self, download: Download, wanted: Wanted) -> Source | Answer | None:
         """Wait until a download has begun; None: it cannot be kept. Raises Lost where it failed, or another has it."""
-        if download.size is not None and download.error is not None:
+        if isinstance(download.error, MirrorError) or (download.size is not None and download.error is not None):
             raise Lost(again=True)  # it has failed those who came before
         label, download.label = download.label, "JOIN"
         download.join()
