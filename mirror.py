@@ -3919,7 +3919,7 @@ class Views:
         elif wanted.method == "GET" and response.status_code in (200, 206):
             part = response.content_range
             span = Span(part.start or 0, (part.stop or source.size) - 1, source.size)
-            transfer.begin(source.size - span.first if span.last is None else span.last + 1 - span.first, source.label)
+            transfer.begin(response.content_length, source.label)
             response.response = FileBody(store, wanted, source, span, transfer, request.environ)
             return response
         source.close()
@@ -4338,9 +4338,11 @@ class Front(Views):
         On this host that is by its address or as localhost: a terminator that does not say who asks has another name,
         and so has a foreign page that a browser takes for this host (DNS rebinding).
         """
-        client, host = client_address(), re.sub(r":[0-9]+$", "", request.host).strip("[]")
-        is_here = is_within(client, LOOPBACK)
-        return is_within(client, viewers) and (not is_here or is_address(host) or host == "localhost")
+        client = client_address()
+        if not is_within(client, viewers):
+            return False
+        host = re.sub(r":[0-9]+$", "", request.host).strip("[]")
+        return not is_within(client, LOOPBACK) or is_address(host) or host == "localhost"
 
     def admit_viewer(self) -> Response | None:
         """Let only its viewers find what the owner sees, by whatever method; for others it is a path like any other.

@@ -89,15 +89,8 @@ def parse_path(text: str) -> str:
     return path
 
 
-ROUTES = (
-    "v1",
-    "v2",
-    "token",
-    "healthz",
-    "readyz",
-    "status",
-    "metrics",
-)  # the first words of all paths that the mirror serves
+# The first words of the paths that the mirror serves.
+ROUTES = ("v1", "v2", "token", "healthz", "readyz", "status", "metrics")
 
 
 def parse_proxy(text: str) -> str:

@@ -32,8 +32,10 @@ MAX_PULLS = 50  # that are remembered
 PULL_GAP = 600  # seconds after which a client's next request for an image is another pull,
 PART_GAP = 60  # and after which its next blob is one's of which another worker knows the tag
 MAX_TEXT = 200  # characters of an error that are shown
-FIRST_BYTE = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)  # bounds in seconds
-WHOLE = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3600)
+BOUNDS = {  # of durations, in seconds
+    "first_byte": (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30),
+    "transfer": (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3600),
+}
 HITS = ("HIT", "JOIN", "STALE")
 REASONS = ("connection", "timeout", "limited", "answer", "digest")  # why an endpoint failed
 # How a transfer ended. `left`: the client went, or the mirror was stopped. `handed_over`: nginx alone knows.
@@ -204,7 +206,7 @@ class Telemetry:
         """Count a request, whose answer's head was ready after `seconds`; a status that upstream made up, by class."""
         shown = str(status) if status in STATUSES else f"{status // 100}xx"
         self.counts["requests", registry, kind, shown] += 1
-        self._duration("first_byte", kind, FIRST_BYTE).add(seconds)
+        self._duration("first_byte", kind).add(seconds)
 
     def looked_up(self, kind: str, label: str) -> None:
         """Count what the cache had; `label` as X-Cache has it."""
@@ -234,7 +236,7 @@ class Telemetry:
             return False
         self.counts["transfers", registry, run.outcome] += 1
         if run.outcome == "whole":
-            self._duration("transfer", registry, WHOLE).add(seconds)
+            self._duration("transfer", registry).add(seconds)
         return True
 
     def manifest(self, client: str, image: str, reference: str, status: int) -> None:
@@ -326,9 +328,10 @@ class Telemetry:
                 run.tick(seconds)
         self._note_hour()
         if self._board is not None:
-            content = as_json(self._snapshot())
+            snapshot = self._snapshot()
+            content = as_json(snapshot)
             if len(content) > PAGE - FRAME.size:
-                content = as_json({**self._snapshot(), "runs": [], "pulls": []})
+                content = as_json({**snapshot, "runs": [], "pulls": []})
             if content != self._written and len(content) <= PAGE - FRAME.size:
                 self._board.write(content)
                 self._written = content
@@ -387,8 +390,7 @@ class Telemetry:
     def _go_on(self, left: dict[str, Any]) -> None:
         """Count on from where an ended process stopped; what it was doing is over."""
         self.counts += _counted(left)
-        for key, found in _durations([left]).items():
-            self._durations[key] = found
+        self._durations |= _durations([left])
         self._pulls.extend(left["pulls"])
         self._health = {(registry, url): value for registry, url, value in left["health"]}
         self._quotas = {
@@ -398,10 +400,10 @@ class Telemetry:
         self._hour = dict(left["hour"])
         self._summed = self._sums()
 
-    def _duration(self, name: str, label: str, bounds: tuple[float, ...]) -> Histogram:
+    def _duration(self, name: str, label: str) -> Histogram:
         found = self._durations.get((name, label))
         if found is None:
-            found = self._durations[name, label] = Histogram(bounds)
+            found = self._durations[name, label] = Histogram(BOUNDS[name])
         return found
 
     def _endpoint(self, registry: str, url: str) -> dict[str, Any]:
@@ -469,9 +471,8 @@ def _durations(every: list[dict[str, Any]]) -> dict[tuple[str, ...], Histogram]:
     found: dict[tuple[str, ...], Histogram] = {}
     for one in every:
         for name, label, counts, total in one["durations"]:
-            bounds = FIRST_BYTE if name == "first_byte" else WHOLE
-            histogram = found.setdefault((name, label), Histogram(bounds))
-            histogram += Histogram(bounds, counts, total)
+            histogram = found.setdefault((name, label), Histogram(BOUNDS[name]))
+            histogram += Histogram(BOUNDS[name], counts, total)
     return found
 
 

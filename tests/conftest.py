@@ -1,10 +1,14 @@
-"""The real servers and clients that the tests share; each is started once, by the first test that wants it."""
+"""The real servers and clients that the tests share; each is started once, by the first test that wants it.
+
+A browser is started once for each file.
+"""
 
 import os
 from collections.abc import Iterator
 from typing import NoReturn
 
 import pytest
+from browser import Browser
 from clients import Dockerd
 from clients import Podman
 from clients import Skopeo
@@ -29,6 +33,22 @@ def unavailable(reason: str) -> NoReturn:
     if os.environ.get("CI") == "true":
         pytest.fail(f"{reason}, and in CI nothing may skip")
     pytest.skip(reason)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Run a browser that asks for English."""
+    needs("chromium", "chromedriver")
+    with Browser() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def chinese() -> Iterator[Browser]:
+    """Run a browser that asks for Chinese."""
+    needs("chromium", "chromedriver")
+    with Browser("zh-CN,zh") as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

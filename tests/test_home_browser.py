@@ -8,7 +8,6 @@ import pytest
 from browser import DESKTOP
 from browser import PHONE
 from browser import Browser
-from conftest import needs
 from hub import Hub
 from hub import write_registries
 from serving import Mirror
@@ -32,20 +31,6 @@ def index() -> Iterator[RawUpstream]:
 def mirror(hub: Hub, index: RawUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mirror]:
     file = tmp_path_factory.mktemp("home") / "registries.toml"
     with Mirror(registries=write_registries(file, {"docker.io": {**hub.table(), "search": index.url}})) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    needs("chromium", "chromedriver")
-    with Browser() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def chinese() -> Iterator[Browser]:
-    needs("chromium", "chromedriver")
-    with Browser("zh-CN,zh") as running:
         yield running
 
 

@@ -11,7 +11,6 @@ import pytest
 from browser import DESKTOP
 from browser import PHONE
 from browser import Browser
-from conftest import needs
 from depot import Depot
 from depot import Reading
 from images import MIB
@@ -96,20 +95,6 @@ def lab(other: RawUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iterato
                 assert ask(running.mirror, f"/v2/app/blobs/{kept.digest}", STRANGER).status == 200
             assert poll(lambda: shown(running.mirror)["workers"] == "2", 20)
             yield running
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    needs("chromium", "chromedriver")
-    with Browser() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def chinese() -> Iterator[Browser]:
-    needs("chromium", "chromedriver")
-    with Browser("zh-CN,zh") as running:
-        yield running
 
 
 def rows(browser: Browser, key: str) -> list[str]:
