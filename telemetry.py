@@ -351,7 +351,7 @@ class Telemetry:
             "running": sum(one["running"] for one in living),
             "rate": sum(one["rate"] for one in living),
             "transfers": sorted((run for one in living for run in one["runs"]), key=lambda run: run["began"]),
-            "pulls": _merged_pulls(pull for one in every for pull in one["pulls"]),
+            "pulls": _merged_pulls([one["pulls"] for one in every]),
             "endpoints": [_state(now - time.monotonic(), *endpoint, living, every) for endpoint in self._endpoints],
             "quotas": _newest(quota for one in every for quota in one["quotas"]),
             "hour": _hour(now, [one["hour"] for one in every]),
@@ -482,21 +482,25 @@ def _newest(quotas: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return list({(quota["registry"], quota["url"]): quota for quota in by_time}.values())
 
 
-def _merged_pulls(pulls: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the last pulls, the newest first; the parts of one that several workers served are one."""
-    merged: list[dict[str, Any]] = []
-    for pull in sorted(pulls, key=lambda pull: pull["began"]):
-        same = next((one for one in reversed(merged) if _is_same_pull(one, pull)), None)
-        if same is None:
-            merged.append(dict(pull))
+def _merged_pulls(every: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Return the last pulls of all workers, the newest first; the parts of one that several of them served are one."""
+    merged: list[tuple[dict[str, Any], set[int]]] = []  # each pull, and the workers that served it
+    parts = [(pull, worker) for worker, pulls in enumerate(every) for pull in pulls]
+    for pull, worker in sorted(parts, key=lambda part: part[0]["began"]):
+        for same, served in reversed(merged):
+            if worker not in served and _is_same_pull(same, pull):
+                break
+        else:
+            merged.append((dict(pull), {worker}))
             continue
+        served.add(worker)
         for key in ("blobs", "bytes", "kept"):
             same[key] += pull[key]
         same["ended"] = max(same["ended"], pull["ended"])
         same["status"] = min(same["status"], pull["status"])
         if not same["reference"] or ":" in same["reference"]:
             same["reference"] = pull["reference"] or same["reference"]
-    return sorted(merged, key=lambda pull: pull["ended"], reverse=True)[:MAX_PULLS]
+    return sorted((pull for pull, _ in merged), key=lambda pull: pull["ended"], reverse=True)[:MAX_PULLS]
 
 
 def _is_same_pull(one: dict[str, Any], other: dict[str, Any]) -> bool:

@@ -288,6 +288,15 @@ def test_another_tag_is_another_pull(clock: Clock) -> None:
     assert [(pull["reference"], pull["blobs"]) for pull in told.report()["pulls"]] == [("2", 1), ("1", 1)]
 
 
+def test_the_same_tag_again_is_another_pull(clock: Clock) -> None:
+    told = Telemetry()
+    for _ in range(2):
+        clock.now += 5
+        told.manifest("c", "app", "latest", 200)
+        whole(told.transfer("r", "c", "app", "a"), 10)
+    assert [(pull["reference"], pull["blobs"]) for pull in told.report()["pulls"]] == [("latest", 1), ("latest", 1)]
+
+
 def test_the_parts_that_two_workers_know_of_two_pulls_are_put_together(clock: Clock) -> None:
     one, other = Telemetry(), Telemetry()
     for tag in ("1", "2"):
@@ -296,7 +305,7 @@ def test_the_parts_that_two_workers_know_of_two_pulls_are_put_together(clock: Cl
         whole(other.transfer("r", "c", "app", "a"), 10)
         other.manifest("c", "app", DIGEST, 404)
         clock.now += 100
-    merged = telemetry._merged_pulls([*one.report()["pulls"], *other.report()["pulls"]])
+    merged = telemetry._merged_pulls([one.report()["pulls"], other.report()["pulls"]])
     assert [(pull["reference"], pull["blobs"], pull["status"]) for pull in merged] == [("2", 1, 200), ("1", 1, 200)]
 
 
