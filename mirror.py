@@ -698,7 +698,7 @@ RETRY_AFTER = "60"  # seconds, where upstream limits and does not say how long
 MAX_RETRY_AFTER = 6 * 3600.0  # seconds: Docker Hub's window
 LIMIT_HEADERS = ("RateLimit-Limit", "RateLimit-Remaining")
 KEEP_ON_ERROR = ("Retry-After", "Content-Range", *LIMIT_HEADERS)
-FIRST_CHUNK, SLOW_CHUNK, FAST_CHUNK = 32 << 10, 16 << 10, 256 << 10  # bytes
+FIRST_CHUNK, SLOW_CHUNK, EARLY_CHUNK, FAST_CHUNK = 32 << 10, 16 << 10, 64 << 10, 256 << 10  # bytes
 HEADER_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 
 
@@ -2041,20 +2041,30 @@ class Transfer:
 
 
 class Pace:
-    """Choose the `size` of a chunk by the transfer's rate: large ones save CPU, small ones keep a slow client cheap."""
+    """Choose the `size` of a chunk by the transfer's rate: large ones save CPU, small ones keep a slow client cheap.
+
+    What counts is the rate of the last `WINDOW` bytes: that of fewer would tell of the sockets' buffers. Until so many
+    have come, the size doubles up to `EARLY_CHUNK`, and falls back with the first chunk that was slow: the buffers are
+    full then.
+    """
 
     def __init__(self) -> None:
-        self.size = FIRST_CHUNK
+        self.size = SLOW_CHUNK
+        self._grows = True
         self._window = 0
-        self._since = time.monotonic()
+        self._since = self._latest = time.monotonic()
 
     def count(self, count: int) -> None:
         """Account for bytes that came."""
         self._window += count
+        now = time.monotonic()
         if self._window >= WINDOW:
-            now = time.monotonic()
             self.size = FAST_CHUNK if self._window > FAST_RATE * (now - self._since) else SLOW_CHUNK
-            self._window, self._since = 0, now
+            self._window, self._since, self._grows = 0, now, False
+        elif self._grows:
+            self._grows = count > FAST_RATE * (now - self._latest)
+            self._latest = now
+            self.size = min(2 * self.size, EARLY_CHUNK) if self._grows else SLOW_CHUNK
 
 
 def verified(chunks: Iterator[bytes], whole: Hash, wrong: Callable[[], BadGateway]) -> Iterator[bytes]:
