@@ -2208,7 +2208,7 @@ SLOW_CHECK = 3.0  # seconds that a client with a kept tag waits for upstream
 QUIET_SECONDS = 10  # for which a registry that failed is not asked about kept tags
 FOLLOW_SECONDS = 8.0  # in which another worker's download must have begun
 POLL_SECONDS = 0.02  # between two looks at what another worker writes
-MAX_UNWRITTEN = 1 << 20  # bytes of a download that wait for the disk
+MAX_UNWRITTEN = 1 << 20  # bytes of a download that wait while others are written
 MAX_ALONE = 16  # downloads that go on without a client
 MAX_REOPENED = 3  # times that a reader looks for another source
 SENDFILE = 256 << 10  # bytes that are sent at a time
@@ -2456,7 +2456,7 @@ class Writer:
         self._greenlet = gevent.spawn(self._run)
 
     def put(self, chunk: bytes) -> None:
-        """Take bytes; return when not too many wait for the disk."""
+        """Take bytes; return when not too many wait for a thread, which may still write those before."""
         self._came.append(chunk)
         self._more.set()
         while sum(map(len, self._came)) >= MAX_UNWRITTEN and self.failure is None:
@@ -2480,13 +2480,14 @@ class Writer:
                 self._more.wait()
                 continue
             self._taken, self._came, self._begun = self._came, [], self._partial.written
+            self._less.set()  # what comes next is read while this is written
             try:
                 self._threads.run(self._partial.write, self._taken)
                 self._taken, self._begun = [], self._partial.written
             except Exception as error:
                 self.failure = error
             self._grown()
-            self._less.set()
+        self._less.set()
 
 
 class Download:

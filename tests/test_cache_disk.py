@@ -4,15 +4,20 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
+from contextlib import closing
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import gevent
 import pytest
 from conftest import needs
 from depot import BROKEN
+from depot import PATIENCE
 from depot import Cached
 from depot import Depot
 from depot import Reading
@@ -25,6 +30,12 @@ from lab import reply
 from processes import clean_environment
 from processes import poll
 from processes import removed_afterwards
+
+from cache import Cache
+from cache import Limits
+from mirror import MAX_UNWRITTEN
+from mirror import Threads
+from mirror import Writer
 
 ROOT = Path(__file__).resolve().parent.parent
 DISK = 8 * MIB
@@ -373,3 +384,31 @@ def test_a_manifest_that_the_disk_does_not_give_back_comes_from_upstream(faulty:
     answer = cached.ask(path)
     assert (answer.status, answer.body, answer.headers["x-cache"]) == (200, body, "MISS")
     assert "Input/output error" in failures(cached)[0]
+
+
+def test_more_comes_while_the_disk_takes_what_came_before(tmp_path: Path) -> None:
+    """Read upstream and write at the same time, but never far ahead of a disk that is stuck."""
+    content = random_bytes("overlapped", 3 * MAX_UNWRITTEN)
+    partial = Cache(tmp_path, Limits(10 * MIB)).claim(digest_of(content))
+    assert partial is not None
+    partial.begin(len(content))
+    works, write = threading.Event(), partial.write
+
+    def stuck(chunks: list[bytes]) -> None:
+        works.wait(PATIENCE)
+        write(chunks)
+
+    with closing(partial), patch.object(partial, "write", stuck):
+        writer = Writer(Threads(1), partial, lambda: None)
+        first, second, third = (content[at : at + MAX_UNWRITTEN] for at in range(0, len(content), MAX_UNWRITTEN))
+        writer.put(first)
+        assert not partial.written
+        waiting = gevent.spawn(writer.put, second)
+        gevent.idle()
+        assert not waiting.ready()
+        works.set()
+        waiting.join()
+        writer.put(third)
+        writer.end()
+        partial.finish()
+        assert partial.path.read_bytes() == content
