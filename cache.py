@@ -43,6 +43,7 @@ MEDIA_TYPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]{0,126}/[A-Za-z0-9][A-Z
 PART, SIZE, NEW = ".part", ".size", ".new"
 UNCONFIRMED = b"?"  # behind a size that upstream has not told this time
 READ = 1 << 20  # bytes that are hashed at a time
+MAX_RECORD = 4096  # bytes; none is longer
 END_OF_FILE = 1 << 63  # bytes; no file is so long
 LOOK_EVERY = 32 << 20  # bytes after which the free space is looked at
 TOUCH_EVERY = 60  # seconds within which a further use is not noted
@@ -135,7 +136,7 @@ class Blob(Opened):
     `size` is in bytes; `stored` is when it came, in time.time().
     """
 
-    def __init__(self, path: Path, fd: int) -> None:
+    def __init__(self, path: str, fd: int) -> None:
         super().__init__(fd)
         self.path = path
         found = os.fstat(fd)
@@ -334,14 +335,17 @@ class Cache:
 
     def path(self, digest: str) -> Path:
         """Return where a blob is, or would be."""
+        return Path(self._blob_path(digest))
+
+    def _blob_path(self, digest: str) -> str:  # a Path would take longer to be made than the file to be opened
         algorithm, _, encoded = digest.partition(":")
-        return self._blobs / algorithm / encoded[:2] / encoded
+        return f"{self._blobs}/{algorithm}/{encoded[:2]}/{encoded}"
 
     # Blobs
 
     def open(self, digest: str, *, is_use: bool = True) -> Blob | None:
         """Return a blob, and note that it was used, unless this is no use; None where it is not there."""
-        path = self.path(digest)
+        path = self._blob_path(digest)
         try:
             fd = _open_to_read(path, is_use)
         except FileNotFoundError:
@@ -351,7 +355,7 @@ class Cache:
                 raise BlockingIOError
             found = os.fstat(fd)
             if not stat.S_ISREG(found.st_mode):
-                raise OSError(errno.EISDIR, "is no file", str(path))
+                raise OSError(errno.EISDIR, "is no file", path)
             if not found.st_nlink:  # it was evicted just now
                 raise BlockingIOError
             if is_use:
@@ -447,15 +451,19 @@ class Cache:
     def record(self, name: Name) -> Record | None:
         """Return what is known of a manifest's name, or None."""
         try:
-            return Record.parse(self._record_path(name).read_bytes())
+            fd = os.open(self._record_path(name), os.O_RDONLY | os.O_CLOEXEC)
         except (FileNotFoundError, NotADirectoryError):
             return None
+        try:
+            return Record.parse(os.read(fd, MAX_RECORD))
+        finally:
+            os.close(fd)
 
     def note(self, name: Name, record: Record) -> None:
         """Keep what a name stands for."""
         if not record.is_valid:
             raise ValueError("a record without a digest or a media type")
-        path = self._record_path(name)
+        path = Path(self._record_path(name))
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{os.urandom(8).hex()}")
         try:
@@ -468,7 +476,7 @@ class Cache:
 
     def forget(self, name: Name) -> None:
         """Remove a record, if it is there."""
-        self._record_path(name).unlink(missing_ok=True)
+        _remove(Path(self._record_path(name)))
 
     def names(self) -> Iterator[Name]:
         """Yield the names of all records, of those that are none too."""
@@ -485,8 +493,8 @@ class Cache:
             if record is not None:
                 yield name, record
 
-    def _record_path(self, name: Name) -> Path:
-        return self._tags / name.registry / name.repository / "_tags" / name.reference
+    def _record_path(self, name: Name) -> str:
+        return f"{self._tags}/{name.registry}/{name.repository}/_tags/{name.reference}"
 
     # Bounds
 
@@ -732,7 +740,7 @@ def _create(path: Path) -> int:
         return os.open(path, flags, 0o600)
 
 
-def _open_to_read(path: Path, is_use: bool) -> int:
+def _open_to_read(path: str, is_use: bool) -> int:
     """Open a file; where this is no use of it, the kernel must not note one either, and obeys the file's owner."""
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
     if not is_use:

@@ -36,6 +36,7 @@ import math
 import mmap
 import os
 import re
+import select
 import socket
 import ssl
 import struct
@@ -53,6 +54,7 @@ from datetime import UTC
 from datetime import datetime
 from fnmatch import fnmatchcase
 from functools import cached_property
+from functools import lru_cache
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -76,6 +78,7 @@ import itsdangerous
 import requests
 import urllib3
 from flask import Flask
+from flask import Request
 from flask import Response
 from flask import abort
 from flask import g
@@ -378,6 +381,7 @@ HOST = re.compile(r"(?:[A-Za-z0-9](?:[A-Za-z0-9._-]{0,253})|\[[0-9A-Fa-f:.]{2,45
 MAX_NAME = 255  # the spec's advice: many clients limit host and name together to 255
 
 
+@lru_cache(maxsize=64)  # a request asks some times about the same few
 def is_address(host: str) -> bool:
     """Tell whether a host is an IP address."""
     try:
@@ -454,6 +458,7 @@ class Router:
         return _target(default, name, "")
 
 
+@lru_cache(maxsize=64)
 def _bare(host: str) -> str:
     return re.sub(r":[0-9]+$", "", host.lower())
 
@@ -688,6 +693,7 @@ VIA = "docker-mirror"
 REDIRECTS = frozenset((301, 302, 303, 307, 308))
 MAX_REDIRECTS = 5
 TLS_RECORD = 16 << 10  # bytes, at most
+PLAIN_POLL: Any = monkey.get_original("select", "poll")
 PING_SECONDS = 12  # dockerd waits 15
 OPEN_SECONDS = 60  # for which a registry is taken to ask for nothing: a false 200 must not last
 MAX_FOREIGN_BODY = 1 << 20  # of a token answer, an error, a redirect: whatever is read whole
@@ -993,6 +999,15 @@ def strict(base: type[HTTPConnection], idle: float) -> type[HTTPConnection]:
 
     class Strict(base):  # type: ignore[valid-type,misc]
         response_class = StrictResponse
+
+        @property
+        def is_connected(self) -> bool:
+            """Tell whether a kept connection may be used: urllib3 would ask gevent's poll, which takes far longer."""
+            if self.sock is None:
+                return False
+            look = PLAIN_POLL()
+            look.register(self.sock.fileno(), select.POLLIN)
+            return not look.poll(0)
 
         def getresponse(self) -> Any:
             sock = self.sock
@@ -2847,7 +2862,7 @@ class PullThrough:
         """Return the path under which nginx finds a kept blob; None where nginx is not to send it."""
         if self._config.accel is None or not isinstance(source, Kept):
             return None
-        return self._config.accel + str(source.blob.path.relative_to(self.cache.directory))
+        return self._config.accel + os.path.relpath(source.blob.path, self.cache.directory)
 
     # Manifests
 
@@ -2997,6 +3012,7 @@ class PullThrough:
         return True
 
 
+@lru_cache(maxsize=32)  # clients have few
 def accepts(accept: str | None, media_type: str) -> bool:
     """Tell whether a client takes a media type, by its Accept header."""
     return parse_accept_header(accept, MIMEAccept).quality(media_type) > 0 if accept else True
@@ -3020,7 +3036,7 @@ def record_of(answer: Answer) -> Record | None:
 def digest_of(content: bytes, like: str) -> str:
     """Return the digest of content, by the algorithm of another digest, else by sha256."""
     algorithm = like.partition(":")[0] if is_digest(like) else "sha256"
-    return f"{algorithm}:{hashlib.new(algorithm, content).hexdigest()}"
+    return f"{algorithm}:{getattr(hashlib, algorithm)(content).hexdigest()}"  # hashlib.new takes far longer
 
 
 class FileBody:
@@ -3260,6 +3276,11 @@ def takes_body(method: str, path: str) -> bool:
     return method == "POST" and is_token(path)
 
 
+def this_request() -> Request:
+    """Return the request itself: Flask's `request` looks for it anew at each use."""
+    return cast(Request, cast(Any, request)._get_current_object())
+
+
 def note_request(environ: dict[str, Any]) -> None:
     """Put into the WSGI environment what the access line shows (wsgi.py has its format).
 
@@ -3284,6 +3305,7 @@ def admit_request() -> Response | None:
 
     Raises BadRequest, NameInvalid and Unsupported.
     """
+    request = this_request()
     environ = request.environ
     host = environ.get("HTTP_HOST")
     if host is not None and not HOST.fullmatch(host):
@@ -3699,6 +3721,7 @@ STATUS_PATHS = ("/status", "/status.json", *STATUS_FILES)
 HEALTH = ("/healthz", "/readyz")
 WATCHED = (*HEALTH, *STATUS_PATHS, "/metrics")
 MAX_FORM = 64 << 10  # bytes of a POST to /token
+CONDITIONS = {"HTTP_IF_MATCH", "HTTP_IF_NONE_MATCH", "HTTP_IF_MODIFIED_SINCE", "HTTP_IF_UNMODIFIED_SINCE"}
 PAGE_RESULTS, PAGE_TAGS = 20, 10  # that a page shows
 MAX_LISTS = 10  # parts of a list of tags, as the registry cuts it
 LIST_SECONDS, FACTS_SECONDS = 20, 10  # for which a page waits for the tags, and for what they stand for
@@ -3756,6 +3779,7 @@ def create_app(config: Config) -> Flask:
 
 def finish_response(response: Response) -> Response:
     """Add the headers that every answer of the API has."""
+    request = this_request()
     if is_api(request.path):
         response.headers["Docker-Distribution-Api-Version"] = "registry/2.0"
         if "ns" in g:
@@ -3838,6 +3862,7 @@ class Views:
         return response if "decoy" in g else finish_response(response)
 
     def _count(self, response: Response) -> None:
+        request = this_request()
         rule = request.url_rule.rule if request.url_rule is not None else ""
         kind, target = KINDS.get(rule, "page"), g.get("target")
         if kind == "watch":
@@ -3957,8 +3982,9 @@ class Views:
         if wanted.digest is not None:
             whole["Cache-Control"] = f"{'private' if self._is_private else 'public'}, {IMMUTABLE}"
         response = Relayed((), 200, {**headers, **whole, "Accept-Ranges": "bytes"}, direct_passthrough=True)
-        whole_environ = {name: value for name, value in request.environ.items() if name != "HTTP_RANGE"}
-        response.make_conditional(whole_environ, accept_ranges=True, complete_length=size)
+        if not CONDITIONS.isdisjoint(request.environ):
+            whole_environ = {name: value for name, value in request.environ.items() if name != "HTTP_RANGE"}
+            response.make_conditional(whole_environ, accept_ranges=True, complete_length=size)
         if response.status_code == 412:
             raise Refused(412, "the precondition fails: this is something else", {}, None)
         if response.status_code == 200 and wanted.method == "GET" and is_one_range(wanted.headers, size):
@@ -3966,6 +3992,7 @@ class Views:
                 response.make_conditional(request.environ, accept_ranges=True, complete_length=size)
             except RequestedRangeNotSatisfiable:
                 raise RangeInvalid("the range lies outside the blob", {"Content-Range": f"bytes */{size}"}) from None
+        response.headers.pop("Date", None)  # the server sends one
         return response
 
     def tags(self, name: str) -> Response:
@@ -4088,6 +4115,7 @@ class Views:
         whole: int = 0,
     ) -> Wanted:
         """Return what this request wants of upstream, `arguments` of its query among it."""
+        request = this_request()
         ns = request.args.get("ns") or None
         g.target = Target(self._router.default, "")
         try:
@@ -4360,6 +4388,7 @@ class Front(Views):
 
         Nor is there a page at a path with one more slash: its links would lead elsewhere.
         """
+        request = this_request()
         path = request.path.removesuffix("/")
         if self._viewers() and not self._is_viewer():
             if self._site is None:
@@ -4371,6 +4400,7 @@ class Front(Views):
 
     def turn_away(self) -> Response | None:
         """Show nginx to a blocked agent: its welcome page, and nothing where a registry would be."""
+        request = this_request()
         note_request(request.environ)
         if request.path == "/healthz" or not self._gate.blocks(request.headers.get("User-Agent", "")):
             return None

@@ -31,10 +31,12 @@ from typing import Any
 import gevent
 from gevent.pool import Pool
 from gevent.server import StreamServer
+from gunicorn import glogging
 from gunicorn import systemd
 from gunicorn import util
 from gunicorn.http import Request
 from gunicorn.http import errors
+from gunicorn.http import wsgi as gunicorn_wsgi
 from gunicorn.http.parser import RequestParser
 from gunicorn.workers.base_async import AsyncWorker
 from gunicorn.workers.ggevent import GeventWorker
@@ -95,6 +97,58 @@ class BoundedRequest(Request):
 
 
 RequestParser.mesg_class = BoundedRequest
+
+
+class Parts(list[bytes]):
+    """Hold what is to be sent at once."""
+
+    sendall = list.append
+
+
+class Response(gunicorn_wsgi.Response):
+    """Send the head together with the first bytes of the body, if there are some; gunicorn would send each alone."""
+
+    def write(self, arg: bytes) -> None:
+        """Send bytes; none send the head."""
+        if self.headers_sent or not arg:
+            super().write(arg)
+            return
+        client, parts = self.sock, Parts()
+        self.sock: Any = parts
+        try:
+            super().write(arg)
+        finally:
+            self.sock = client
+        client.sendall(b"".join(parts))
+
+
+gunicorn_wsgi.Response = Response  # type: ignore[misc]
+
+
+all_atoms = glogging.Logger.atoms
+
+
+def shown_atoms(self: Any, resp: Any, req: Any, environ: Any, request_time: Any) -> Any:
+    """Return the parts of the access line by their names, all that gunicorn knows for a format that is not ours.
+
+    gunicorn itself would write all headers and the whole environment down for each line.
+    """
+    if self.cfg.access_log_format != access_log_format:
+        return all_atoms(self, resp, req, environ, request_time)
+    noted = ("mirror.client", "mirror.path", "mirror.upstream")
+    shown = [(f"{{{name}}}e", environ[name]) for name in noted if name in environ]
+    shown += [("{x-cache}o", value) for name, value in resp.headers if name.lower() == "x-cache"]
+    return {
+        "t": self.now(),
+        "m": environ["REQUEST_METHOD"],
+        "s": str(resp.status).partition(" ")[0],
+        "B": resp.sent,
+        "L": f"{request_time.seconds}.{request_time.microseconds:06}",
+        **dict(shown),
+    }
+
+
+glogging.Logger.atoms = shown_atoms  # type: ignore[method-assign]  # its logger for statsd is derived from it
 
 
 class NoDescriptor(gevent.GreenletExit):

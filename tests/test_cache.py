@@ -224,6 +224,7 @@ def test_a_connection_goes_on_after_each_kind_of_hit(cached: Cached) -> None:
     text = "".join(request.format(method, path, more) for method, more in [*asks, ("GET", "Connection: close\r\n")])
     received = send_raw(cached.mirror, text.encode())
     assert re.findall(rb"HTTP/1.1 (\d+)", received) == [b"200", b"304", b"206", b"200", b"200"]
+    assert received.count(b"\r\nDate: ") == 5
     assert received.endswith(depot.content)
 
 

@@ -8,6 +8,7 @@ from lab import MANIFEST
 from lab import Lab
 from lab import reply_json
 from lab import send_raw
+from processes import poll
 
 from mirror import create_app
 from settings import Config
@@ -133,6 +134,12 @@ def test_the_access_line_takes_no_forged_address_and_no_line_break(lab: Lab) -> 
     assert log.startswith("- [")
     assert log.count("\n") == 1
     assert "forged" not in log
+
+
+def test_another_format_of_the_access_line_has_all_that_gunicorn_knows() -> None:
+    with Lab(options=("--access-logformat", "mine: %({user-agent}i)s %({server}o)s %(r)s %(s)s %(b)s")) as lab:
+        lab.ask("/healthz", {"User-Agent": 'a "client"'})
+        assert poll(lambda: 'mine: a \\"client\\" - GET /healthz HTTP/1.1 200 16' in lab.mirror.log(), 5)
 
 
 def test_warning_and_above_means_no_access_lines() -> None:
