@@ -78,7 +78,6 @@ import itsdangerous
 import requests
 import urllib3
 from flask import Flask
-from flask import Request
 from flask import Response
 from flask import abort
 from flask import g
@@ -3276,11 +3275,6 @@ def takes_body(method: str, path: str) -> bool:
     return method == "POST" and is_token(path)
 
 
-def this_request() -> Request:
-    """Return the request itself: Flask's `request` looks for it anew at each use."""
-    return cast(Request, cast(Any, request)._get_current_object())
-
-
 def note_request(environ: dict[str, Any]) -> None:
     """Put into the WSGI environment what the access line shows (wsgi.py has its format).
 
@@ -3305,7 +3299,6 @@ def admit_request() -> Response | None:
 
     Raises BadRequest, NameInvalid and Unsupported.
     """
-    request = this_request()
     environ = request.environ
     host = environ.get("HTTP_HOST")
     if host is not None and not HOST.fullmatch(host):
@@ -3779,7 +3772,6 @@ def create_app(config: Config) -> Flask:
 
 def finish_response(response: Response) -> Response:
     """Add the headers that every answer of the API has."""
-    request = this_request()
     if is_api(request.path):
         response.headers["Docker-Distribution-Api-Version"] = "registry/2.0"
         if "ns" in g:
@@ -3862,7 +3854,6 @@ class Views:
         return response if "decoy" in g else finish_response(response)
 
     def _count(self, response: Response) -> None:
-        request = this_request()
         rule = request.url_rule.rule if request.url_rule is not None else ""
         kind, target = KINDS.get(rule, "page"), g.get("target")
         if kind == "watch":
@@ -4115,7 +4106,6 @@ class Views:
         whole: int = 0,
     ) -> Wanted:
         """Return what this request wants of upstream, `arguments` of its query among it."""
-        request = this_request()
         ns = request.args.get("ns") or None
         g.target = Target(self._router.default, "")
         try:
@@ -4388,7 +4378,6 @@ class Front(Views):
 
         Nor is there a page at a path with one more slash: its links would lead elsewhere.
         """
-        request = this_request()
         path = request.path.removesuffix("/")
         if self._viewers() and not self._is_viewer():
             if self._site is None:
@@ -4400,7 +4389,6 @@ class Front(Views):
 
     def turn_away(self) -> Response | None:
         """Show nginx to a blocked agent: its welcome page, and nothing where a registry would be."""
-        request = this_request()
         note_request(request.environ)
         if request.path == "/healthz" or not self._gate.blocks(request.headers.get("User-Agent", "")):
             return None
