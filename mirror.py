@@ -2058,8 +2058,7 @@ class Pace:
     """Choose the `size` of a chunk by the transfer's rate: large ones save CPU, small ones keep a slow client cheap.
 
     What counts is the rate of the last `WINDOW` bytes: that of fewer would tell of the sockets' buffers. Until so many
-    have come, the size doubles up to `EARLY_CHUNK`, and falls back with the first chunk that was slow: the buffers are
-    full then.
+    have come, a chunk is as large as all before it, up to `EARLY_CHUNK`; once one was slow, the buffers are full.
     """
 
     def __init__(self) -> None:
@@ -2078,7 +2077,7 @@ class Pace:
         elif self._grows:
             self._grows = count > FAST_RATE * (now - self._latest)
             self._latest = now
-            self.size = min(2 * self.size, EARLY_CHUNK) if self._grows else SLOW_CHUNK
+            self.size = min(max(self._window, SLOW_CHUNK), EARLY_CHUNK) if self._grows else SLOW_CHUNK
 
 
 def verified(chunks: Iterator[bytes], whole: Hash, wrong: Callable[[], BadGateway]) -> Iterator[bytes]:
