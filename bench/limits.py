@@ -27,26 +27,32 @@ NAME = f"docker-mirror-bench-{os.getpid()}"
 class Group:
     """Bound the memory of processes, in a folder of the kernel's control groups, version 1 or 2.
 
-    Source: the kernel's admin guide, cgroup-v1/memory and cgroup-v2.
+    Version 1 bounds the buffers of sockets apart, by the same number; version 2 counts them with all else, and nothing
+    is swapped out there. Source: the kernel's admin guide, cgroup-v1/memory and cgroup-v2 (memory.peak: Linux 5.19).
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
         self.processes = folder / "cgroup.procs"
-        self._is_first = (folder / "memory.limit_in_bytes").exists()
-        (folder / ("memory.limit_in_bytes" if self._is_first else "memory.max")).write_text(str(limit))
-        if self._is_first:  # version 2 counts the buffers of sockets too
-            (folder / "memory.kmem.tcp.limit_in_bytes").write_text(str(limit))
         self._folder = folder
+        if (folder / "memory.limit_in_bytes").exists():
+            self._peaks = ["memory.max_usage_in_bytes", "memory.kmem.tcp.max_usage_in_bytes"]
+            self._events = "memory.oom_control"
+            bounds = {"memory.limit_in_bytes": limit, "memory.kmem.tcp.limit_in_bytes": limit}
+        else:
+            self._peaks, self._events = ["memory.peak"], "memory.events"
+            bounds = {"memory.max": limit} | ({"memory.swap.max": 0} if (folder / "memory.swap.max").exists() else {})
+        for name, value in bounds.items():
+            (folder / name).write_text(str(value))
+        self.peak()  # a kernel that cannot tell is of no use here
 
     def peak(self) -> int:
         """Return how many bytes were taken at most, buffers of sockets among them."""
-        first = ("memory.max_usage_in_bytes", "memory.kmem.tcp.max_usage_in_bytes")
-        return sum(int((self._folder / name).read_text()) for name in (first if self._is_first else ("memory.peak",)))
+        return sum(int((self._folder / name).read_text()) for name in self._peaks)
 
     def killed(self) -> int:
         """Return how many processes were killed for want of memory."""
-        text = (self._folder / ("memory.oom_control" if self._is_first else "memory.events")).read_text()
-        return sum(int(count) for name, count in map(str.split, text.splitlines()) if name == "oom_kill")
+        lines = map(str.split, (self._folder / self._events).read_text().splitlines())
+        return sum(int(count) for name, count in lines if name == "oom_kill")
 
 
 class Limited(Checkout):

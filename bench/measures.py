@@ -64,6 +64,9 @@ class Scale(NamedTuple):
     slow_seconds: float = 8
     slow_arriving: int = 100  # in a second
     slow_rcvbuf: int = 32 * KIB
+    burst_clients: int = 200
+    burst_seconds: float = 3
+    burst_quiet: float = 65  # in which the mirror has given back what a burst took
     settle: float = 1.0  # from a server's start or its first pull until its memory is read
     round_trip: float = 0.1  # to the far hub
     growing_clients: tuple[int, ...] = (10, 100, 1000, 4000)
@@ -85,6 +88,9 @@ SHORT = Scale(
     first_bytes=2,
     slow_clients=20,
     slow_seconds=0.2,
+    burst_clients=4,
+    burst_seconds=0.2,
+    burst_quiet=0.1,
     settle=0.05,
     round_trip=0.01,
     growing_clients=(4,),
@@ -142,6 +148,7 @@ class Stage:
 
     def _blob(self, size: int) -> Object:
         digest = self.hub.add_blob(REPOSITORY, size)
+        os.sync()  # else the first one measured would pay for it
         return Object(f"/v2/{REPOSITORY}/blobs/{digest}", digest, size)
 
     @property
@@ -262,6 +269,7 @@ def new_blob(server: Server, stage: Stage) -> Figures:
     return {
         "new blob, MB/s": ended.rate / MB,
         "new blob, CPU s/GB": cpu / ended.received * GB,
+        "new blob, MiB": _memory(server),
         "new blob, first byte, ms": 1000 * _middle(times),
     }
 
@@ -294,10 +302,9 @@ def image_far(server: Server, stage: Stage) -> Figures:
 def idle(server: Server, stage: Stage) -> Figures:
     """Read the memory of a fresh server, and how long it took to come up."""
     time.sleep(stage.scale.settle)
-    pss, anonymous = family.pss(server.pid), family.pss(server.pid, "Pss_Anon")
     return {
-        "idle PSS, MiB": pss / MIB,
-        "idle PSS without files, MiB": anonymous / MIB,
+        "idle PSS, MiB": family.pss(server.pid) / MIB,
+        "idle PSS without files, MiB": _memory(server),
         "start, s": stage.start_seconds,
     }
 
@@ -312,6 +319,16 @@ def kept_slow_clients(server: Server, stage: Stage) -> Figures:
     """Let many slow clients pull the big blob, which the server has on its disk."""
     stage.keep(server, stage.big)
     return _slow("kept: slow clients", server, stage)
+
+
+def burst(server: Server, stage: Stage) -> Figures:
+    """Let many fast clients pull the big blob at once, and leave; read the memory then, and once it has been quiet."""
+    scale = stage.scale
+    _warm_up(server, stage)
+    load(stage.big.job(server.port, clients=scale.burst_clients, seconds=scale.burst_seconds, whole=False))
+    after = _memory(server)
+    time.sleep(scale.burst_quiet)
+    return {"burst, MiB": after, "burst, a minute later, MiB": _memory(server)}
 
 
 class Measure(NamedTuple):
@@ -346,6 +363,7 @@ MEASURES = (
     Measure("far-first-byte", first_byte_far, (*NGINX, "direct"), alone=True, far=True),
     Measure("far-image", image_far, ("direct",), alone=True, far=True),
     Measure("idle", idle, (*NGINX, *KEEPERS), alone=True),
+    Measure("burst", burst, ("tuned",), alone=True),
     Measure("slow", slow_clients, NGINX, alone=True),
     Measure("kept-slow", kept_slow_clients, KEEPERS, ours="cached", alone=True),
 )
@@ -399,13 +417,19 @@ def _slow(name: str, server: Server, stage: Stage) -> Figures:
 
 
 def _rates(name: str, unit: str, server: Server, job: Job) -> Figures:
-    """Run a job: its rate, and CPU per GB or per request."""
+    """Run a job: its rate, CPU per GB or per request, and the memory that the server has after it."""
     cpu = family.cpu(server.pid)
     ended = load(job)
     cpu = family.cpu(server.pid) - cpu
+    memory = {f"{name}, MiB": _memory(server)}
     if unit == "MB/s":
-        return {f"{name}, MB/s": ended.rate / MB, f"{name}, CPU s/GB": cpu / ended.received * GB}
-    return {f"{name}, {unit}": ended.answers, f"{name}, CPU ms/request": 1000 * cpu / ended.complete}
+        return {f"{name}, MB/s": ended.rate / MB, f"{name}, CPU s/GB": cpu / ended.received * GB, **memory}
+    return {f"{name}, {unit}": ended.answers, f"{name}, CPU ms/request": 1000 * cpu / ended.complete, **memory}
+
+
+def _memory(server: Server) -> float:
+    """Return the MiB that a server has, without files: two mirrors that run side by side share those."""
+    return family.pss(server.pid, "Pss_Anon") / MIB
 
 
 def _image(name: str, server: Server, stage: Stage) -> Figures:
@@ -413,7 +437,11 @@ def _image(name: str, server: Server, stage: Stage) -> Figures:
     seconds = _copy(server, REPOSITORY)
     cpu = family.cpu(server.pid) - cpu
     size = stage.image_size
-    return {f"{name}, MB/s": size / seconds / MB, f"{name}, CPU s/GB": cpu / size * GB}
+    return {
+        f"{name}, MB/s": size / seconds / MB,
+        f"{name}, CPU s/GB": cpu / size * GB,
+        f"{name}, MiB": _memory(server),
+    }
 
 
 def _copy(server: Server, repository: str) -> float:

@@ -89,6 +89,7 @@ RECIPE = """\
 TUNED = """\
     upstream registry { server @REGISTRY@; keepalive 64; }
     upstream cdn { server @CDN@; keepalive 64; }
+    proxy_ssl_protocols TLSv1.2 TLSv1.3;
     map $upstream_http_location $redirect_path { ~^https://[^/]+(?<path>/.*)$ $path; }
     server {
         listen @ADDRESS@ backlog=1024;

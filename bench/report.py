@@ -6,7 +6,9 @@ import math
 import os
 import platform
 import re
+import shutil
 import statistics
+import subprocess
 import time
 from dataclasses import asdict
 from dataclasses import dataclass
@@ -15,6 +17,8 @@ from pathlib import Path
 from typing import Any
 from typing import NamedTuple
 from typing import Self
+
+from processes import SEARCH_PATH
 
 from bench.growth import Curves
 from bench.plot import Point
@@ -26,6 +30,7 @@ Samples = dict[str, dict[str, dict[str, list[float]]]]
 OURS = "mirror"
 PEERS = ("tuned", "recipe", "registry", "static", "direct")
 PACKAGES = ("gunicorn", "gevent", "flask", "requests", "urllib3")
+PROGRAMS = ("nginx", "docker-registry", "skopeo")
 RATIO = "mirror / peer"
 # File, title, what it grows with, whether the upright axis is logarithmic, and the figures that are shown.
 GROWTH_PLOTS = (
@@ -164,7 +169,18 @@ def host() -> dict[str, Any]:
         "kernel": platform.release(),
         "python": platform.python_version(),
         **{package: importlib.metadata.version(package) for package in PACKAGES},
+        **{program: version(program) for program in PROGRAMS},
     }
+
+
+def version(program: str) -> str:
+    """Return what a program says of its version; nothing where it is not there."""
+    if shutil.which(program, path=SEARCH_PATH) is None:
+        return ""
+    option = "-v" if program == "nginx" else "--version"
+    shown = subprocess.run([program, option], env={"PATH": SEARCH_PATH}, capture_output=True, text=True, check=True)
+    found = re.search(r"\d[\w.+-]*", shown.stdout + shown.stderr)
+    return found.group() if found else ""
 
 
 def ratios(peers: dict[str, list[float]]) -> dict[str, Spread]:
@@ -226,7 +242,7 @@ def goals_table(results: Results, order: list[str]) -> str:
 def host_line(results: Results) -> str:
     """Return in a sentence where all was measured."""
     host = results.host
-    versions = ", ".join(f"{package} {host[package]}" for package in PACKAGES)
+    versions = ", ".join(f"{name} {host[name]}" for name in (*PACKAGES, *PROGRAMS) if name in host)
     return (
         f"Measured on {host['date']} in {results.rounds} rounds: {host['cpus']} CPUs ({host['cpu']}), "
         f"{host['memory']} of memory, Linux {host['kernel']}, Python {host['python']}, {versions}."
