@@ -18,8 +18,8 @@ from bench.load import load
 from bench.measures import KB
 from bench.measures import MB
 from bench.measures import MIB
-from bench.measures import SMALL
 from bench.measures import Stage
+from bench.measures import again_and_again
 from bench.measures import slow_job
 from bench.measures import watched
 from bench.peers import REPOSITORY
@@ -109,8 +109,7 @@ def blobs_kept(store: Path, blobs: list[Object], stage: Stage) -> dict[str, floa
         start = time.monotonic() - began
         wait_until_quiet(server.pid)
         pss = family.pss(server.pid)
-        job = blobs[0].job(server.port, clients=SMALL, requests=stage.scale.small_requests)
-        ended = load(job)
+        ended = load(again_and_again(server, blobs[0], stage))
     tidy = took(lambda: Cache(store, Limits(LARGE)).tidy())
     size = Cache(store, Limits(LARGE)).count(0)
     room = took(lambda: Cache(store, Limits(size)).make_room(KB))

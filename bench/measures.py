@@ -40,6 +40,7 @@ from bench.peers import wait_until_kept
 
 KB, MB, GB, KIB, MIB = 10**3, 10**6, 10**9, 1 << 10, 1 << 20
 LAYERS, FAR_LAYERS, FAR_LAYER = 20, 5, 300_000
+END = 10**9  # requests, which no server answers in time
 SMALL = 16  # clients that ask for small objects at the same time
 Figures = dict[str, float]
 
@@ -57,7 +58,7 @@ class Scale(NamedTuple):
     layer: int = 5 * MB
     passed_requests: int = 100  # of each client
     kept_requests: int = 5
-    small_requests: int = 2000
+    small_seconds: float = 3  # in which what is kept is asked for again and again
     first_bytes: int = 11
     slow_clients: int = 1000
     slow_rate: int = 50_000
@@ -83,7 +84,7 @@ SHORT = Scale(
     layer=100 * KB,
     passed_requests=2,
     kept_requests=1,
-    small_requests=5,
+    small_seconds=0.2,
     slow_rate=1_000_000,
     first_bytes=2,
     slow_clients=20,
@@ -237,10 +238,9 @@ def cold_blob(server: Server, stage: Stage) -> Figures:
 def kept_small(server: Server, stage: Stage) -> Figures:
     """Pull the manifest, and a blob of 1 KB, that the server has on its disk, again and again."""
     stage.keep(server, stage.by_digest, stage.tiny)
-    more = {"clients": SMALL, "requests": stage.scale.small_requests}
     return {
-        **_rates("kept manifest", "requests/s", server, stage.by_digest.job(server.port, **more)),
-        **_rates("kept 1 KB blobs", "requests/s", server, stage.tiny.job(server.port, **more)),
+        **_rates("kept manifest", "requests/s", server, again_and_again(server, stage.by_digest, stage)),
+        **_rates("kept 1 KB blobs", "requests/s", server, again_and_again(server, stage.tiny, stage)),
     }
 
 
@@ -402,6 +402,11 @@ def slow_job(server: Server, stage: Stage) -> Job:
         rcvbuf=scale.slow_rcvbuf,
         arriving=scale.slow_arriving,
     )
+
+
+def again_and_again(server: Server, thing: Object, stage: Stage) -> Job:
+    """Return the job of asking for a small object until the time is over."""
+    return thing.job(server.port, clients=SMALL, requests=END, seconds=stage.scale.small_seconds, whole=False)
 
 
 def _slow(name: str, server: Server, stage: Stage) -> Figures:
