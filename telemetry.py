@@ -200,6 +200,11 @@ class Telemetry:
         self._written = b""
         self._board: Board | None = None
 
+    @property
+    def requests(self) -> int:
+        """Return how many requests there were."""
+        return sum(count for key, count in self.counts.items() if key[0] == "requests")
+
     # What it is told
 
     def request(self, registry: str, kind: str, status: int, seconds: float) -> None:
@@ -488,7 +493,7 @@ def _merged_pulls(every: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     parts = [(pull, worker) for worker, pulls in enumerate(every) for pull in pulls]
     for pull, worker in sorted(parts, key=lambda part: part[0]["began"]):
         for same, served in reversed(merged):
-            if worker not in served and _is_same_pull(same, pull):
+            if _is_same_pull(same, pull) and not (worker in served and _tag(pull)):
                 break
         else:
             merged.append((dict(pull), {worker}))
@@ -498,15 +503,20 @@ def _merged_pulls(every: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
             same[key] += pull[key]
         same["ended"] = max(same["ended"], pull["ended"])
         same["status"] = min(same["status"], pull["status"])
-        if not same["reference"] or ":" in same["reference"]:
+        if not _tag(same):
             same["reference"] = pull["reference"] or same["reference"]
     return sorted((pull for pull, _ in merged), key=lambda pull: pull["ended"], reverse=True)[:MAX_PULLS]
 
 
 def _is_same_pull(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    tags = {pull["reference"] for pull in (one, other) if pull["reference"] and ":" not in pull["reference"]}
+    tags = {_tag(one), _tag(other)} - {""}
     same_name = one["client"] == other["client"] and one["image"] == other["image"]
     return same_name and len(tags) < 2 and other["began"] - one["ended"] < (PULL_GAP if tags else PART_GAP)
+
+
+def _tag(pull: dict[str, Any]) -> str:
+    """Return the tag that was pulled, as far as it is known."""
+    return "" if ":" in pull["reference"] else pull["reference"]
 
 
 def _hour(now: float, hours: list[list[Any]]) -> dict[str, Any]:

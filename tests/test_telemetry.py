@@ -297,6 +297,16 @@ def test_the_same_tag_again_is_another_pull(clock: Clock) -> None:
     assert [(pull["reference"], pull["blobs"]) for pull in told.report()["pulls"]] == [("latest", 1), ("latest", 1)]
 
 
+def test_slow_blobs_of_a_worker_that_does_not_know_the_tag_stay_with_their_pull(clock: Clock) -> None:
+    one, other = Telemetry(), Telemetry()
+    one.manifest("c", "app", "latest", 200)
+    for _ in range(2):
+        clock.now += telemetry.PART_GAP + 1
+        whole(other.transfer("r", "c", "app", "a"), 10)
+    merged = telemetry._merged_pulls([one.report()["pulls"], other.report()["pulls"]])
+    assert [(pull["reference"], pull["blobs"]) for pull in merged] == [("latest", 2)]
+
+
 def test_the_parts_that_two_workers_know_of_two_pulls_are_put_together(clock: Clock) -> None:
     one, other = Telemetry(), Telemetry()
     for tag in ("1", "2"):
