@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import requests
 from crowd import Tally
 from crowd import Visit
 from crowd import tally
@@ -119,7 +120,10 @@ def soak(visit: Visit, distant: DistantHub, mirror: Mirror, folder: Path) -> Rou
         ended = tally(crowd)
     poll(lambda: not state_of(mirror).connections["clients"], 10)
     left = state_of(mirror)
-    time.sleep(SETTLE)
+    until = time.monotonic() + SETTLE
+    while time.monotonic() < until:  # a monitor that looks is no client
+        assert requests.get(f"{mirror.url}/healthz", timeout=10).status_code == 200
+        time.sleep(SAMPLE_EVERY)
     return Round(
         ended,
         {name: fault.applied for name, fault in faults.items()},
