@@ -703,7 +703,8 @@ RETRY_AFTER = "60"  # seconds, where upstream limits and does not say how long
 MAX_RETRY_AFTER = 6 * 3600.0  # seconds: Docker Hub's window
 LIMIT_HEADERS = ("RateLimit-Limit", "RateLimit-Remaining")
 KEEP_ON_ERROR = ("Retry-After", "Content-Range", *LIMIT_HEADERS)
-FIRST_CHUNK, SLOW_CHUNK, EARLY_CHUNK, FAST_CHUNK = 32 << 10, 16 << 10, 64 << 10, 256 << 10  # bytes
+SLOW_CHUNK, EARLY_CHUNK, FAST_CHUNK = 16 << 10, 64 << 10, 256 << 10  # bytes
+SMALL = 32 << 10  # bytes of a body that are read before the answer begins
 HEADER_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 
 
@@ -1237,10 +1238,10 @@ def started(answer: Answer, method: str, is_blob: bool) -> Answer:
             raw.read(decode_content=False)  # there is none: this gives the connection back
         response.close()
         return answer
-    if length is not None and int(length) <= FIRST_CHUNK:
+    if length is not None and int(length) <= SMALL:
         return answer._replace(start=raw.read(decode_content=False))
     if length is None and not is_blob:
-        return answer._replace(start=raw.read(FIRST_CHUNK, decode_content=False))
+        return answer._replace(start=raw.read(SMALL, decode_content=False))
     return answer
 
 
@@ -2058,7 +2059,8 @@ class Pace:
     """Choose the `size` of a chunk by the transfer's rate: large ones save CPU, small ones keep a slow client cheap.
 
     What counts is the rate of the last `WINDOW` bytes: that of fewer would tell of the sockets' buffers. Until so many
-    have come, a chunk is as large as all before it, up to `EARLY_CHUNK`; once one was slow, the buffers are full.
+    have come, a chunk is as large as all before it, up to `EARLY_CHUNK`, but small from the first slow one on: then the
+    client's buffers are full, or bytes come slowly from far away.
     """
 
     def __init__(self) -> None:
@@ -2442,7 +2444,7 @@ class Rest:
     def __iter__(self) -> Iterator[bytes]:
         yield self._ready
         self._ready = b""
-        while chunk := self._stream.read(FIRST_CHUNK):
+        while chunk := self._stream.read(EARLY_CHUNK):
             yield chunk
 
     def close(self) -> None:
@@ -3197,7 +3199,7 @@ class FileBody:
         stream, ready = Stream(self._store.upstream, wanted, answer), b""
         while skipped >= len(ready):
             skipped -= len(ready)
-            ready = stream.read(FIRST_CHUNK)
+            ready = stream.read(EARLY_CHUNK)
             if not ready:
                 stream.close()
                 raise BadGateway(f"{answer.host} ended too early")
@@ -3713,6 +3715,7 @@ STATUS_PATHS = ("/status", "/status.json", *STATUS_FILES)
 HEALTH = ("/healthz", "/readyz")
 WATCHED = (*HEALTH, *STATUS_PATHS, "/metrics")
 MAX_FORM = 64 << 10  # bytes of a POST to /token
+# Without one of these werkzeug would look for conditions at some cost, and find none.
 CONDITIONS = {"HTTP_IF_MATCH", "HTTP_IF_NONE_MATCH", "HTTP_IF_MODIFIED_SINCE", "HTTP_IF_UNMODIFIED_SINCE"}
 PAGE_RESULTS, PAGE_TAGS = 20, 10  # that a page shows
 MAX_LISTS = 10  # parts of a list of tags, as the registry cuts it
@@ -4369,7 +4372,7 @@ class Front(Views):
         client = client_address()
         if not is_within(client, viewers):
             return False
-        host = re.sub(r":[0-9]+$", "", request.host).strip("[]")
+        host = _bare(request.host).strip("[]")
         return not is_within(client, LOOPBACK) or is_address(host) or host == "localhost"
 
     def admit_viewer(self) -> Response | None:

@@ -17,10 +17,13 @@ from upstream import Request
 from upstream import head_of
 from upstream import reply
 
+from mirror import Pace
+
 BODY = bytes(range(256)) * 4096  # 1 MiB, all byte values
 BLOB_PATH = f"/v2/app/blobs/{DIGEST}"
 BLOB = f"/v2/library/app/blobs/{DIGEST}"
 REDIRECTS = [301, 302, 303, 307, 308]
+KIB, MIB = 1 << 10, 1 << 20
 
 
 @pytest.fixture(scope="module")
@@ -334,3 +337,35 @@ def test_the_access_line_names_the_host_that_was_redirected_to(lab: Lab, cdn: Ra
     log = lab.mirror.log(since)
     assert f"[WARNING] {cdn.host} answered 403" in log
     assert "secret" not in lab.mirror.log()
+
+
+def chunks(monkeypatch: pytest.MonkeyPatch, *parts: tuple[int, float]) -> list[int]:
+    """Return the sizes of the chunks of a transfer, in KiB; its `parts` are bytes and their rate in bytes a second."""
+    clock, sizes = 0.0, []
+    monkeypatch.setattr("mirror.time.monotonic", lambda: clock)
+    pace = Pace()
+    for part, rate in parts:
+        left = part
+        while left > 0:
+            sizes.append(pace.size // KIB)
+            clock += pace.size / rate
+            left -= pace.size
+            pace.count(pace.size)
+    return sizes
+
+
+def test_chunks_of_a_fast_transfer_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = chunks(monkeypatch, (3 * MIB, 100e6))
+    assert sizes == [16, 16, 32, *[64] * 15, *[256] * 8]
+
+
+def test_chunks_are_small_once_the_buffers_of_a_slow_client_are_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = chunks(monkeypatch, (512 * KIB, 100e6), (64 * KIB, 50e3), (2 * MIB, 50e3))
+    assert sizes[:10] == [16, 16, 32, *[64] * 7]
+    assert set(sizes[10:]) == {64, 16}
+    assert sizes.count(64) == 8, "that one is the first that was slow"
+
+
+def test_chunks_of_a_transfer_that_becomes_fast_later_are_large_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = chunks(monkeypatch, (MIB, 1e6), (MIB, 100e6), (MIB, 100e6))
+    assert sizes == [*[16] * 128, *[256] * 4]

@@ -1,5 +1,7 @@
 """The routes and what all answers have in common."""
 
+import socket
+import struct
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +14,8 @@ from processes import poll
 
 from mirror import create_app
 from settings import Config
+
+DATA_SEGMENTS = 152  # the place of tcpi_data_segs_in, the segments that came with data: linux/tcp.h
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +144,15 @@ def test_another_format_of_the_access_line_has_all_that_gunicorn_knows() -> None
     with Lab(options=("--access-logformat", "mine: %({user-agent}i)s %({server}o)s %(r)s %(s)s %(b)s")) as lab:
         lab.ask("/healthz", {"User-Agent": 'a "client"'})
         assert poll(lambda: 'mine: a \\"client\\" - GET /healthz HTTP/1.1 200 16' in lab.mirror.log(), 5)
+
+
+def test_a_small_answer_comes_in_one_piece(lab: Lab) -> None:
+    with socket.create_connection(("127.0.0.1", lab.mirror.port), timeout=30) as client:
+        client.sendall(b"GET /healthz HTTP/1.1\r\nHost: mirror\r\nConnection: close\r\n\r\n")
+        received = b"".join(iter(lambda: client.recv(65536), b""))
+        info = client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, DATA_SEGMENTS + 4)
+    assert b'{"status": "ok"}' in received
+    assert struct.unpack_from("=I", info, DATA_SEGMENTS) == (1,)
 
 
 def test_warning_and_above_means_no_access_lines() -> None:
