@@ -19,6 +19,7 @@ from bench.measures import MIB
 from bench.measures import Stage
 from bench.measures import slow_job
 from bench.peers import Checkout
+from bench.report import ALL_RIGHT
 
 ROOTS = (Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup"))  # of version 1, and of version 2
 NAME = f"docker-mirror-bench-{os.getpid()}"
@@ -108,7 +109,7 @@ def limited(stage: Stage, say: Say) -> Curves:
                     say(f"  {clients}, {limit} MiB: {error}")
                     right = 0
             figures = {
-                "clients within a limit: got all bytes right, %": 100 * right / clients,
+                ALL_RIGHT: 100 * right / clients,
                 "clients within a limit: taken at most, MiB": group.peak() / MIB,
                 "clients within a limit: processes killed": float(group.killed()),
             }

@@ -84,7 +84,7 @@ SHORT = Scale(
     layer=100 * KB,
     passed_requests=2,
     kept_requests=1,
-    small_seconds=0.2,
+    small_seconds=0.5,
     slow_rate=1_000_000,
     first_bytes=2,
     slow_clients=20,
@@ -96,7 +96,7 @@ SHORT = Scale(
     round_trip=0.01,
     growing_clients=(4,),
     growing_blobs=(10,),
-    limits=((128, 4),),
+    limits=((128, 4), (512, 4)),
 )
 
 
@@ -322,13 +322,16 @@ def kept_slow_clients(server: Server, stage: Stage) -> Figures:
 
 
 def burst(server: Server, stage: Stage) -> Figures:
-    """Let many fast clients pull the big blob at once, and leave; read the memory then, and once it has been quiet."""
+    """Let many fast clients pull the big blob at once, and leave; read the memory meanwhile, and after some quiet."""
     scale = stage.scale
     _warm_up(server, stage)
-    load(stage.big.job(server.port, clients=scale.burst_clients, seconds=scale.burst_seconds, whole=False))
-    after = _memory(server)
+    job = stage.big.job(server.port, clients=scale.burst_clients, seconds=scale.burst_seconds, whole=False)
+    with running(job) as process:
+        time.sleep(0.8 * scale.burst_seconds)
+        memory = _memory(server)
+        outcome(process, job)
     time.sleep(scale.burst_quiet)
-    return {"burst, MiB": after, "burst, a minute later, MiB": _memory(server)}
+    return {"burst, MiB": memory, "burst, a minute later, MiB": _memory(server)}
 
 
 class Measure(NamedTuple):
@@ -426,6 +429,8 @@ def _rates(name: str, unit: str, server: Server, job: Job) -> Figures:
     cpu = family.cpu(server.pid)
     ended = load(job)
     cpu = family.cpu(server.pid) - cpu
+    if not ended.complete:
+        raise LoadFailed(f"no answer was complete within {ended.seconds:.1f} s")
     memory = {f"{name}, MiB": _memory(server)}
     if unit == "MB/s":
         return {f"{name}, MB/s": ended.rate / MB, f"{name}, CPU s/GB": cpu / ended.received * GB, **memory}

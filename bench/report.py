@@ -137,6 +137,7 @@ class Goal(NamedTuple):
         return Spread.of(peers[OURS]) if OURS in peers else None
 
 
+ALL_RIGHT = "clients within a limit: got all bytes right, %"
 GOALS = (
     Goal("one blob of 1 GB: rate / tuned", "one blob, MB/s", "tuned", 0.95, least=True),
     Goal("16 blobs of 100 MB at once: rate / tuned", "blobs at once, MB/s", "tuned", 0.95, least=True),
@@ -152,6 +153,8 @@ GOALS = (
     Goal("memory when idle, one worker, MiB", "idle PSS, MiB", "", 38),
     Goal("memory for each slow client, passed through, KiB", "slow clients, PSS each, KiB", "", 115),
     Goal("memory for each slow client, kept, KiB", "kept: slow clients, PSS each, KiB", "", 18),
+    Goal("300 slow clients within 128 MiB: have all bytes, %", f"{ALL_RIGHT}, mirror, 128 MiB", "", 100, least=True),
+    Goal("1,000 slow clients within 512 MiB: have all bytes, %", f"{ALL_RIGHT}, mirror, 512 MiB", "", 100, least=True),
     Goal("connections to a far hub for a first image / direct", "far: first image, new connections", "direct", 1),
     Goal("new connections for a second image", "far: second image, new connections", "", 0),
 )
@@ -235,8 +238,17 @@ def growth_table(curves: Curves) -> str:
 
 def goals_table(results: Results, order: list[str]) -> str:
     """Return the table of the goals."""
-    figures = results.figures(order)
+    figures = results.figures(order) | last_points(results.curves)
     return markdown([["goal", "", "measured", "reached"], *(goal.row(figures) for goal in GOALS)])
+
+
+def last_points(curves: Curves) -> dict[str, dict[str, list[float]]]:
+    """Return the last values of what grows, as figures of ours whose names say whose they are."""
+    return {
+        f"{figure}, {whose}": {OURS: [points[-1][1]]}
+        for figure, series in curves.items()
+        for whose, points in series.items()
+    }
 
 
 def host_line(results: Results) -> str:
