@@ -1867,6 +1867,13 @@ class ClientWatch:
             watcher.close()
 
 
+def is_writable(client: socket.socket) -> bool:
+    """Tell whether a client takes more bytes at once."""
+    look = PLAIN_POLL()
+    look.register(client.fileno(), select.POLLOUT)
+    return bool(look.poll(0))
+
+
 @contextmanager
 def watched(client: socket.socket | None) -> Iterator[None]:
     """Watch the client while upstream is asked; raise ClientLeft when it goes. None: a server without gevent."""
@@ -2069,6 +2076,11 @@ class Pace:
         self._window = 0
         self._since = self._latest = time.monotonic()
 
+    @property
+    def is_slow(self) -> bool:
+        """Tell whether the transfer was slow when that was looked at last."""
+        return self.size == SLOW_CHUNK and not self._grows
+
     def count(self, count: int) -> None:
         """Account for bytes that came."""
         self._window += count
@@ -2131,13 +2143,16 @@ class Body:
 
     If upstream breaks off for good, the client's connection is reset. With a `whole` to be hashed, the last chunk is
     held back until all bytes together are found to be right.
+    A chunk is read when the client takes it, and let go as soon as that is sent: gunicorn would hold what is yielded
+    until the next one is there. Under another server they are yielded.
     A class and no generator: a generator that was never started cannot close its response.
     """
 
-    def __init__(self, stream: Stream, transfer: Transfer, client: socket.socket | None, whole: Hash | None) -> None:
+    def __init__(self, stream: Stream, transfer: Transfer, environ: Mapping[str, Any], whole: Hash | None) -> None:
         self._stream = stream
         self._transfer = transfer
-        self._client = client
+        self._client: socket.socket | None = environ.get("gunicorn.socket")
+        self._response = environ.get("gunicorn.response")
         self._whole = whole
         self._watch: ClientWatch | None = None
 
@@ -2147,15 +2162,34 @@ class Body:
         yield b""  # sends the headers: containerd waits 30 s for them, the first chunk may take longer
         with reset_on_failure(self._client, self._transfer):
             chunks = self._chunks()
-            yield from chunks if self._whole is None else verified(chunks, self._whole, self._stream.wrong_digest)
+            if self._whole is not None:
+                chunks = verified(chunks, self._whole, self._stream.wrong_digest)
+            if self._response is None:
+                yield from chunks
+            else:
+                for chunk in chunks:
+                    self._response.write(chunk)
+                    del chunk
             self._transfer.finish()
 
     def _chunks(self) -> Iterator[bytes]:
         pace = Pace()
-        while chunk := self._stream.read(pace.size):
+        while chunk := self._stream.read(self._wanted(pace)):
             pace.count(len(chunk))
             self._transfer.spend(len(chunk))
             yield chunk
+            del chunk
+
+    def _wanted(self, pace: Pace) -> int:
+        """Return how many bytes to read, once a slow client takes more: nothing is held while it takes nothing.
+
+        A socket is writable once a third of its buffer is free, in which a larger chunk has room. With a `whole`, that
+        would be held back.
+        """
+        if self._client is None or not pace.is_slow or is_writable(self._client):
+            return pace.size
+        gevent.socket.wait_write(self._client.fileno())
+        return EARLY_CHUNK if self._whole is None else pace.size
 
     def close(self) -> None:
         """Close the connection to upstream, and end the transfer."""
@@ -2175,19 +2209,16 @@ class Relayed(Response):
 
 
 def relay(
-    upstream: Upstream, wanted: Wanted, answer: Answer, transfer: Transfer, client: socket.socket | None
+    upstream: Upstream, wanted: Wanted, answer: Answer, transfer: Transfer, environ: Mapping[str, Any]
 ) -> Response:
-    """Return the response that passes `answer` on, and in the end closes `transfer`.
-
-    `client` is the socket to reset if upstream breaks off for good.
-    """
+    """Return the response that passes `answer` on, and in the end closes `transfer`."""
     headers = kept(answer.response.headers, RESPONSE_HEADERS)
     has_body = wanted.method != "HEAD" and answer.status not in (204, 304)
     if has_body:
         length = answer.response.headers.get("Content-Length")
         transfer.begin(int(length) if length is not None else None)
     if has_body and (transfer.is_slowed or not answer.is_complete):
-        body = Body(Stream(upstream, wanted, answer), transfer, client, wanted.hash(answer))
+        body = Body(Stream(upstream, wanted, answer), transfer, environ, wanted.hash(answer))
         return Relayed(body, answer.status, headers, direct_passthrough=True)
     transfer.spend(len(answer.start))
     transfer.finish()
@@ -4143,7 +4174,7 @@ class Views:
             if answer is None:
                 answer = self._fetch(wanted)
             failed.callback(answer.response.close)
-            response = self._linked(relay(self._upstream, wanted, answer, transfer, client_socket()), answer)
+            response = self._linked(relay(self._upstream, wanted, answer, transfer, request.environ), answer)
             if self._store is not None:
                 response.headers["X-Cache"] = "BYPASS"
             failed.pop_all()
