@@ -994,6 +994,13 @@ class StrictResponse(http.client.HTTPResponse):
         return size
 
 
+def is_ready(sock: socket.socket, event: int) -> bool:
+    """Tell whether a socket can be read (POLLIN) or written (POLLOUT) now; gevent's poll would take far longer."""
+    look = PLAIN_POLL()
+    look.register(sock.fileno(), event)
+    return bool(look.poll(0))
+
+
 def strict(base: type[HTTPConnection], idle: float) -> type[HTTPConnection]:
     """Return a class of connections whose read timeout is `idle` seconds once the head of an answer is there."""
 
@@ -1002,12 +1009,8 @@ def strict(base: type[HTTPConnection], idle: float) -> type[HTTPConnection]:
 
         @property
         def is_connected(self) -> bool:
-            """Tell whether a kept connection may be used: urllib3 would ask gevent's poll, which takes far longer."""
-            if self.sock is None:
-                return False
-            look = PLAIN_POLL()
-            look.register(self.sock.fileno(), select.POLLIN)
-            return not look.poll(0)
+            """Tell whether a kept connection may be used: none that has ended, or brings what nobody asked for."""
+            return self.sock is not None and not is_ready(self.sock, select.POLLIN)
 
         def getresponse(self) -> Any:
             sock = self.sock
@@ -1867,13 +1870,6 @@ class ClientWatch:
             watcher.close()
 
 
-def is_writable(client: socket.socket) -> bool:
-    """Tell whether a client takes more bytes at once."""
-    look = PLAIN_POLL()
-    look.register(client.fileno(), select.POLLOUT)
-    return bool(look.poll(0))
-
-
 @contextmanager
 def watched(client: socket.socket | None) -> Iterator[None]:
     """Watch the client while upstream is asked; raise ClientLeft when it goes. None: a server without gevent."""
@@ -2186,7 +2182,7 @@ class Body:
         A socket is writable once a third of its buffer is free, in which a larger chunk has room. With a `whole`, that
         would be held back.
         """
-        if self._client is None or not pace.is_slow or is_writable(self._client):
+        if self._client is None or not pace.is_slow or is_ready(self._client, select.POLLOUT):
             return pace.size
         gevent.socket.wait_write(self._client.fileno())
         return EARLY_CHUNK if self._whole is None else pace.size
